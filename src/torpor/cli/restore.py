@@ -1,0 +1,81 @@
+"""``torpor restore DIR``."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import UsageError
+from ..options import Options
+from .common import catch_signals, open_log
+from .parse import VerbHelp, parse, settle_paths
+from .terminal import Progress, out, out_json
+
+HELP = VerbHelp(
+    "restore",
+    "torpor restore DIR [OPTION...]",
+    """\
+Wakes the processes whose images are in DIR, with the pids that they had. The command stays in the
+foreground as their parent, passes on signals, and ends as the first of them ends; with -d it prints
+the pid and returns. If anything cannot be restored, nothing is left behind.
+""",
+    """\
+  torpor restore /snap                   wake it, wait for it, take over its exit status
+  torpor restore /snap -d                wake it, print its pid and return
+  torpor restore /snap -j                a job of this shell, back in this terminal
+""",
+)
+
+
+def main(words: list[str]) -> int:
+    """Run the verb; its exit status."""
+    options = Options()
+    others = parse(words, HELP, options)
+    if others is None:
+        return 0
+    if len(others) > 1:
+        raise UsageError("restore takes one directory: torpor restore DIR")
+    if others:
+        options.images_dir = others[0]
+    options.validate("restore")
+    settle_paths(options)
+    open_log(options)
+    catch_signals()
+    with Progress() as progress:
+        options.progress = progress
+        progress(f"restoring {options.images_dir}")
+        from ..engine.restore import restore
+
+        result = restore(options.freeze())
+    if options.json:
+        out_json({"pid": result.pid})
+    if not options.restore_detached:
+        return wait_for(result.pid)
+    if not options.json:
+        out(f"{result.pid}\n")
+    return 0
+
+
+def wait_for(pid: int) -> int:
+    """Wait for a child as if it were this process: pass on signals, return its exit status.
+
+    A child that died of a signal gives 128 plus its number, as in a shell.
+    """
+    import signal
+
+    def forward(number: int, frame: object) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+    def leave(number: int, frame: object) -> None:
+        """The terminal has sent it to the child as well: they are in one process group."""
+
+    with_us = os.getpgid(pid) == os.getpgrp()
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, leave if with_us else forward)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, forward)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code

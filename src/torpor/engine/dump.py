@@ -1,0 +1,289 @@
+"""dump: stop a tree, write what it is to images, then end it or let it go on.
+
+Nothing is changed in the tasks but what `remote/guest.py` says, and everything that was stopped is let go whatever happens.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from .. import log, resources
+from ..errors import UsageError, doing
+from ..images import schema as pb
+from ..images.store import ImageWriter
+from ..linux import ptrace
+from ..model.source import SourceTask, SourceThread
+from ..remote.guest import Guest
+from ..remote.program import Program
+from ..remote.tracee import Seized
+from ..resources import fs, locks
+from ..resources.base import DumpContext
+from ..undo import Undo
+from . import collect, cpu, preflight
+from .dump_files import FileDumper
+from .dump_memory import MemoryDumper
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..images.schema import Message
+    from ..options import Options
+
+TASK_ALIVE, TASK_DEAD, TASK_STOPPED = 1, 2, 3
+MACHINE_X86_64 = 1
+
+
+class DumpResult:
+    """What was dumped: counts, bytes of page data, and times in seconds."""
+
+    __slots__ = ("files", "frozen_s", "images_dir", "mappings", "pages", "pids", "shared_pages", "threads", "total_s")
+
+    def __init__(self, images_dir: str) -> None:
+        self.images_dir = images_dir
+        self.pids: list[int] = []
+        self.threads = self.mappings = self.files = self.pages = self.shared_pages = 0
+        self.frozen_s = self.total_s = 0.0
+
+
+def dump(pid: int, options: Options) -> DumpResult:
+    """Write a snapshot of the tree of processes below and with ``pid`` to ``options.images_dir``.
+
+    The tree is killed afterwards unless ``options.leave_running`` or ``leave_stopped`` is set. Raises TorporError; then the
+    tree runs on as if nothing had been, and no image is left.
+    """
+    started = time.monotonic()
+    with doing("dump"):
+        preflight.check_target(pid)
+        resources_ready()
+        with Undo() as undo:
+            try:
+                directory = os.open(options.images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UsageError(f"images directory `{options.images_dir}`: {error.strerror}") from None
+            undo.add("images directory", lambda: os.close(directory))
+            result = DumpResult(options.images_dir)
+            preflight.check_tree(pid, options)
+            with ImageWriter(directory) as writer:
+                _Dump(pid, options, writer, result).run()
+    result.total_s = time.monotonic() - started
+    return result
+
+
+def resources_ready() -> None:
+    """Load every module that a dump may need, while nothing is frozen."""
+    resources.FileKinds()
+    resources.task_resources()
+    resources.MappingKinds()
+
+
+class _Dump:
+    """One dump under way."""
+
+    def __init__(self, pid: int, options: Options, writer: ImageWriter, result: DumpResult) -> None:
+        self.root = pid
+        self.options = options
+        self.writer = writer
+        self.result = result
+        self.seized = Seized(timeout_s=options.timeout or 10.0)
+        self.ctx = DumpContext(options, writer)
+        self.tasks: dict[int, SourceTask] = {}
+        self.kinds = resources.task_resources()
+        self.cores: dict[int, Message] = {}
+
+    def run(self) -> None:
+        try:
+            self._freeze()
+            self._write()
+            self.writer.commit()
+            self._finish()
+        finally:
+            self.seized.release_all()
+            for task in self.tasks.values():
+                collect.close_handles(task)
+            self.ctx.close()
+
+    def _freeze(self) -> None:
+        self.frozen_at = time.monotonic()
+        self.tasks = collect.freeze(self.root, self.seized)
+        self.ctx.tasks = self.tasks
+        self.freezing_s = time.monotonic() - self.frozen_at
+        threads = sum(len(task.threads) for task in self.tasks.values())
+        log.info(f"freeze: {len(self.tasks)} tasks, {threads} threads in {self.freezing_s * 1e3:.1f} ms")
+
+    def _write(self) -> None:
+        collect.number_shared(self.tasks)
+        preflight.check_frozen(self.tasks)
+        self.memory = MemoryDumper(self.ctx)
+        files = FileDumper(self.ctx)
+        for task in self.tasks.values():
+            with doing(f"task {task.pid}"):
+                self._write_task(task, files)
+        files.finish()
+        self.memory.finish()
+        locks.finish(self.ctx)
+        self._write_tree()
+        self.result.threads = sum(len(task.threads) for task in self.tasks.values())
+        self.result.pids = list(self.tasks)
+        self.result.files = files.count
+        self.result.mappings = self.memory.mappings
+        self.result.pages = self.memory.pages
+        self.result.shared_pages = self.memory.shared_pages
+
+    def _write_task(self, task: SourceTask, files: FileDumper) -> None:
+        if task.zombie:
+            self._write_zombie(task)
+            return
+        collect.open_handles(task)
+        collect.read_mappings(task)
+        self._run_getters(task)
+        files.dump_task(task)
+        self.writer.write_one(f"fs-{task.vpid}", fs.dump(self.ctx, task))
+        self.writer.write_one(f"ids-{task.vpid}", self._ids(task))
+        self.memory.dump_task(task)
+        for thread in task.threads:
+            self.writer.write_one(f"core-{thread.vtid}", self.cores[thread.tid])
+
+    def _write_zombie(self, task: SourceTask) -> None:
+        core = pb.core_entry(mtype=MACHINE_X86_64)
+        core.tc.task_state = TASK_DEAD
+        core.tc.exit_code = task.stat.exit_code
+        core.tc.personality = 0
+        core.tc.flags = task.stat.flags
+        core.tc.blk_sigset = 0
+        core.tc.comm = _comm(task.stat.comm)
+        self.writer.write_one(f"core-{task.vpid}", core)
+
+    def _run_getters(self, task: SourceTask) -> None:
+        in_use = task.status.SigCgt | task.status.ShdPnd
+        for thread in task.threads:
+            in_use |= thread.status.SigPnd
+        vdso = next(((m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind == "vdso"), None)
+        guest = Guest(task.pid, task.vpid, task.mem_fd, preflight.room_for_guest(task, vdso), in_use, self.seized)
+        try:
+            for thread in task.threads:
+                with doing(f"thread {thread.tid}"):
+                    self.cores[thread.tid] = self._core(guest, thread)
+        finally:
+            guest.leave()
+
+    def _core(self, guest: Guest, thread: SourceThread) -> Message:
+        task = thread.task
+        main = thread.tid == task.pid
+        program = Program(f"getters of {thread.tid}")
+        asked: list[tuple[Any, Any]] = []
+        for kind in self.kinds:
+            if main or kind.PER == "thread":
+                asked.append((kind, kind.ask(program, thread)))
+        brk = program.call("brk", 0) if main else None
+        run = guest.run(thread.tid, thread.vtid, program, thread.regs, thread.sigmask)
+        if brk is not None:
+            task.answers["brk"] = run.result(brk)
+        core = pb.core_entry(mtype=MACHINE_X86_64)
+        cpu.dump(thread, core)
+        if main:
+            self._task_core(task, core)
+        for kind, answer in asked:
+            kind.dump(thread, run, answer, core, self.ctx)
+        return core
+
+    @staticmethod
+    def _task_core(task: SourceTask, core: Message) -> None:
+        core.tc.task_state = TASK_STOPPED if task.stopped else TASK_ALIVE
+        if task.stopped:
+            core.tc.stop_signo = task.threads[0].stop.signal
+        core.tc.exit_code = 0
+        core.tc.flags = task.stat.flags
+        core.tc.comm = _comm(task.stat.comm)
+
+    def _ids(self, task: SourceTask) -> Message:
+        entry = pb.task_kobj_ids_entry(
+            vm_id=task.ids["vm"], files_id=task.ids["files"], fs_id=task.ids["fs"], sighand_id=task.ids["sighand"]
+        )
+        preflight.set_namespace_ids(entry)
+        return entry
+
+    def _write_tree(self) -> None:
+        for task in self.tasks.values():
+            parent = self.tasks[task.ppid].vpid if task.ppid else 0
+            threads = [thread.vtid for thread in task.threads] or [0]
+            self.writer.append(
+                "pstree",
+                pb.pstree_entry(pid=task.vpid, ppid=parent, pgid=task.group, sid=task.session, threads=threads),
+            )
+        inventory = pb.inventory_entry(
+            img_version=2, fdinfo_per_id=True, ns_per_id=True, root_cg_set=1, lsmtype=0, network_lock_method=0
+        )
+        inventory.root_ids.CopyFrom(pb.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1))
+        preflight.set_namespace_ids(inventory.root_ids)
+        inventory.plugins_entry.SetInParent()
+        self.writer.write_one("inventory", inventory)
+        self.writer.write_one("seccomp", self.ctx.memo.get("seccomp") or pb.seccomp_entry())
+        self._write_stats()
+
+    def _write_stats(self) -> None:
+        stats = pb.stats_entry()
+        frozen_us = int((time.monotonic() - self.frozen_at) * 1e6)
+        stats.dump.freezing_time = int(self.freezing_s * 1e6)
+        stats.dump.frozen_time = frozen_us
+        stats.dump.memdump_time = int(self.memory.seconds * 1e6)
+        stats.dump.memwrite_time = int(self.memory.seconds * 1e6)
+        stats.dump.pages_scanned = self.memory.pages
+        stats.dump.pages_skipped_parent = 0
+        stats.dump.pages_written = self.memory.pages
+        stats.dump.pages_lazy = 0
+        stats.dump.shpages_written = self.memory.shmem_pages
+        self.writer.write_one("stats-dump", stats)
+
+    def _finish(self) -> None:
+        """The images are complete: end the tree, or let it go on."""
+        if self.options.leave_running or self.options.leave_stopped:
+            if self.options.leave_stopped:
+                self._stop_all()
+            self.seized.release_all()
+            self.result.frozen_s = time.monotonic() - self.frozen_at
+            return
+        self.result.frozen_s = time.monotonic() - self.frozen_at
+        self._kill_all()
+
+    def _stop_all(self) -> None:
+        for task in self.tasks.values():
+            if not task.zombie and not task.stopped:
+                os.kill(task.pid, signal.SIGSTOP)
+
+    def _kill_all(self) -> None:
+        """Kill the tree and see it gone. Children first: nobody is to be told of a child's death and act on it."""
+        for task in reversed(self.tasks.values()):
+            if task.zombie:
+                continue
+            try:
+                os.kill(task.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for task in reversed(self.tasks.values()):
+            for thread in reversed(task.threads):
+                self.seized.forget(thread.tid)
+                _await_end(thread.tid, leave=task.stat.ppid == os.getpid())
+
+
+def _await_end(tid: int, *, leave: bool) -> None:
+    """Wait for the exit of a tracee that was killed; its parent is told afterwards.
+
+    ``leave``: we are its parent too, and whoever started it in this process is to find its exit status.
+    """
+    try:
+        if leave:
+            os.waitid(os.P_PID, tid, os.WEXITED | os.WNOWAIT)
+        else:
+            os.waitpid(tid, ptrace.WALL)
+    except ChildProcessError:
+        pass
+
+
+def _comm(shown: bytes) -> str:
+    from ..proc.comm import unescape
+
+    return unescape(shown).decode(errors="surrogateescape")
+

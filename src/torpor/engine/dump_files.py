@@ -1,0 +1,88 @@
+"""The descriptors of a tree: which of them share an open file description, and what each description is."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import doing
+from ..images import schema as pb
+from ..linux.kernel import KCMP_FILE, kcmp
+from ..proc.read import numbers
+from ..resources import FileKinds
+from ..resources.base import SourceFile
+from .collect import KcmpTree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..model.source import SourceTask
+    from ..resources.base import DumpContext
+
+O_CLOEXEC = os.O_CLOEXEC
+
+
+def open_source(pid: int, fd: int, borrow: Callable[[], int]) -> SourceFile:
+    """The SourceFile of one descriptor of a live task."""
+    path = f"/proc/{pid}/fd/{fd}"
+    return SourceFile(pid, fd, os.fsdecode(os.readlink(path)), os.stat(path), borrow)
+
+
+class FileDumper:
+    """Dumps the descriptor tables of tasks, each description once."""
+
+    def __init__(self, ctx: DumpContext) -> None:
+        self.ctx = ctx
+        self.kinds = FileKinds()
+        self.count = 0
+        self._trees: dict[object, KcmpTree] = {}
+        self._tables: set[int] = set()
+
+    def dump_task(self, task: SourceTask) -> None:
+        """Write fdinfo-N for the task's table, and the entries of the descriptions that are new."""
+        table = task.ids["files"]
+        shared_with = next(
+            (other for other in self.ctx.tasks.values() if other.ids.get("files") == table and other.fds), None
+        )
+        if shared_with is not None:
+            task.fds = shared_with.fds
+            return
+        image = f"fdinfo-{table}"
+        self.ctx.images.create(image)
+        for fd in numbers(task.pid, "fd"):
+            with doing(f"fd {fd}"):
+                self._dump_fd(task, fd, image)
+
+    def _dump_fd(self, task: SourceTask, fd: int, image: str) -> None:
+        source = open_source(task.pid, fd, lambda: self.ctx.borrow(task, fd))
+        resource = self.kinds.find(source)
+        stat = source.stat
+        key = (stat.st_dev, stat.st_ino, stat.st_rdev, source.link, source.fdinfo[b"pos"][0], source.flags)
+        tree = self._trees.get(key)
+        if tree is None:
+            tree = self._trees[key] = KcmpTree(_compare, lambda: self.ctx.new_id("file"))
+        source.id, fresh = tree.number_of((task.pid, fd))
+        if fresh:
+            entry = resource.dump(source, self.ctx)
+            self.write_entry(resource.FD_TYPE, resource.FIELD, source.id, entry)
+        cloexec = bool(int(source.fdinfo[b"flags"][0], 8) & O_CLOEXEC)
+        task.fds[fd] = (source.id, cloexec)
+        self.ctx.images.append(
+            image, pb.fdinfo_entry(id=source.id, flags=int(cloexec), type=resource.FD_TYPE, fd=fd)
+        )
+
+    def write_entry(self, kind: int, field: str, file_id: int, entry: object) -> None:
+        """Add a file_entry to the images."""
+        whole = pb.file_entry(type=kind, id=file_id)
+        getattr(whole, field).CopyFrom(entry)
+        self.ctx.images.append("files", whole)
+        self.count += 1
+
+    def finish(self) -> None:
+        """All tasks are done."""
+
+
+def _compare(a: object, b: object) -> int:
+    (pid1, fd1), (pid2, fd2) = a, b  # type: ignore[misc]
+    return kcmp(pid1, pid2, KCMP_FILE, fd1, fd2)
+

@@ -1,0 +1,209 @@
+"""The memory of a task: its mappings, and the pages that are its own.
+
+Which pages exist is asked once for a whole address space (PAGEMAP_SCAN); they go from the task to the file in large pieces.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+from ..errors import TaskGone, doing
+from ..images import schema as pb
+from ..images.pages import PagemapWriter
+from ..linux import kernel
+from ..proc import auxv as proc_auxv
+from ..proc.read import read
+from ..resources import MappingKinds, base
+from ..resources.files import regular
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..images.schema import Message
+    from ..model.source import Mapping, SourceTask
+    from ..resources.base import DumpContext
+
+PAGE = 4096
+CHUNK_BYTES = 1 << 20
+ADDRESS_END = 0x7FFFFFFFF000
+PE_PRESENT = 4
+IOV_MAX = 1024
+
+#: VmFlags of smaps → MADV_* of the images (fs/proc/task_mmu.c, show_smap_vma_flags)
+MADVICE = {"sr": 2, "rr": 1, "dc": 10, "dd": 16, "mg": 12, "hg": 14, "nh": 15, "wf": 18}
+#: VmFlags → MAP_*
+MAP_FLAGS = {"gd": base.MAP_GROWSDOWN, "lo": base.MAP_LOCKED, "nr": base.MAP_NORESERVE, "ht": base.MAP_HUGETLB}
+REFUSED = {
+    "um": ("it is registered with userfaultfd (missing pages)", "close the userfaultfd first"),
+    "ui": ("it is registered with userfaultfd (minor faults)", "close the userfaultfd first"),
+    "pf": ("it maps page frames of a device", "close the device first"),
+    "io": ("it maps a device's memory", "close the device first"),
+    "ss": ("it is a shadow stack", "run the program without shadow stacks"),
+}
+
+
+def mapping_trouble(mapping: Mapping) -> tuple[str, str] | None:
+    """(why, hint) where the kernel's flags say that a mapping cannot be dumped."""
+    special = mapping.vma.kind in ("vvar", "vvar_vclock", "vdso", "vsyscall")
+    for flag, why in REFUSED.items():
+        if flag in mapping.flags and not special:
+            return why
+    return None
+
+
+class MemoryDumper:
+    """Writes mm-N, pagemap-N and pages-N of one task after the other."""
+
+    def __init__(self, ctx: DumpContext) -> None:
+        self.ctx = ctx
+        self.kinds = MappingKinds()
+        self.mappings = self.pages = self.shared_pages = self.shmem_pages = 0
+        self.seconds = 0.0
+        self._buffer = mmap.mmap(-1, CHUNK_BYTES)
+
+    def dump_task(self, task: SourceTask) -> None:
+        """Write the task's memory."""
+        started = time.monotonic()
+        entry = self._mm_entry(task)
+        spans: list[tuple[int, int]] = []
+        for mapping in task.mappings:
+            vma = mapping.vma
+            with doing(f"mapping {vma.start:x}-{vma.end:x}"):
+                resource = self.kinds.find(mapping)
+                one = entry.vmas.add()
+                self._vma_entry(mapping, one)
+                resource.dump(mapping, task, self.ctx, one)
+                if resource.PRIVATE_PAGES and one.flags & (base.MAP_PRIVATE | base.MAP_DROPPABLE):
+                    if not one.flags & base.MAP_DROPPABLE:
+                        spans.append((vma.start, vma.end))
+                elif vma.kind == "vdso":
+                    spans.append((vma.start, vma.end))
+        self.mappings += len(task.mappings)
+        runs, guards = self._present(task, spans)
+        for start, end in guards:
+            entry.vmas.add(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=base.VMA_GUARD, fd=-1)
+        self.ctx.images.write_one(f"mm-{task.vpid}", entry)
+        self._write_pages(task, runs)
+        self.seconds += time.monotonic() - started
+
+    def _mm_entry(self, task: SourceTask) -> Message:
+        stat = task.stat
+        entry = pb.mm_entry(
+            mm_start_code=stat.start_code, mm_end_code=stat.end_code, mm_start_data=stat.start_data,
+            mm_end_data=stat.end_data, mm_start_stack=stat.start_stack, mm_start_brk=stat.start_brk,
+            mm_brk=task.answers["brk"], mm_arg_start=stat.arg_start, mm_arg_end=stat.arg_end,
+            mm_env_start=stat.env_start, mm_env_end=stat.env_end, dumpable=task.answers.get("dumpable", 1),
+            thp_disabled=bool(task.answers.get("thp_disabled", 0)),
+            exe_file_id=regular.file_id_for(self.ctx, task.pid, f"/proc/{task.pid}/exe", flags=os.O_RDONLY),
+        )  # fmt: skip
+        entry.mm_saved_auxv.extend(proc_auxv.words(read(task.pid, "auxv")))
+        return entry
+
+    @staticmethod
+    def _vma_entry(mapping: Mapping, entry: Message) -> None:
+        vma = mapping.vma
+        entry.start, entry.end, entry.pgoff, entry.prot, entry.fd = vma.start, vma.end, vma.pgoff, vma.prot, -1
+        entry.shmid = 0
+        flags = vma.flags
+        advice = 0
+        for name in mapping.flags:
+            if name in MAP_FLAGS:
+                flags |= MAP_FLAGS[name]
+            elif name in MADVICE:
+                advice |= 1 << MADVICE[name]
+        entry.flags = flags
+        if advice:
+            entry.madv = advice
+
+    def _present(
+        self, task: SourceTask, spans: list[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The runs of pages to store inside ``spans``, and the guard regions, as (start, end)."""
+        fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            regions = kernel.pagemap_scan(
+                fd, 0, ADDRESS_END,
+                inverted=kernel.PM_PFNZERO, mask=kernel.PM_PFNZERO, anyof=kernel.PM_PRESENT | kernel.PM_SWAPPED,
+                wanted=kernel.PM_PRESENT | kernel.PM_SWAPPED | kernel.PM_FILE | kernel.PM_GUARD,
+            )  # fmt: skip
+        finally:
+            os.close(fd)
+        guards = [(start, end) for start, end, what in regions if what & kernel.PM_GUARD]
+        vdso = next(((m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind == "vdso"), (0, 0))
+        wanted = [
+            (start, end)
+            for start, end, what in regions
+            if not what & kernel.PM_GUARD and (not what & kernel.PM_FILE or vdso[0] <= start < vdso[1])
+        ]
+        return clip(wanted, spans, whole=vdso), guards
+
+    def _write_pages(self, task: SourceTask, runs: list[tuple[int, int]]) -> None:
+        pages_id = self.ctx.new_id("pages")
+        pages = PagemapWriter(self.ctx.images, f"pagemap-{task.vpid}", pages_id)
+        for start, end in runs:
+            pages.add(start, (end - start) // PAGE, PE_PRESENT)
+            self.pages += (end - start) // PAGE
+        fd = self.ctx.images.raw(f"pages-{pages_id}")
+        address = kernel.writable_address(self._buffer)
+        view = memoryview(self._buffer)
+        for batch in batches(runs):
+            total = sum(length for _, length in batch)
+            count = kernel.read_memory_into(task.pid, address, batch)
+            if count != total:
+                raise TaskGone(f"task {task.pid}: {total - count} bytes of memory could not be read")
+            _write_all(fd, view[:total])
+        pages.close()
+
+    def finish(self) -> None:
+        """All tasks are done."""
+        self._buffer.close()
+
+
+def clip(
+    runs: list[tuple[int, int]], spans: list[tuple[int, int]], whole: tuple[int, int] = (0, 0)
+) -> list[tuple[int, int]]:
+    """The parts of ``runs`` inside ``spans`` (both ascending); the span ``whole`` is taken whole. Neighbours are joined."""
+    found: list[tuple[int, int]] = []
+    index = 0
+    for low, high in spans:
+        if (low, high) == whole:
+            pieces = [whole]
+        else:
+            while index < len(runs) and runs[index][1] <= low:
+                index += 1
+            pieces = []
+            here = index
+            while here < len(runs) and runs[here][0] < high:
+                pieces.append((max(low, runs[here][0]), min(high, runs[here][1])))
+                here += 1
+        for start, end in pieces:
+            if found and found[-1][1] == start:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+    return found
+
+
+def batches(runs: list[tuple[int, int]]) -> Any:
+    """The runs as lists of (address, length) of at most CHUNK_BYTES and IOV_MAX pieces each."""
+    batch: list[tuple[int, int]] = []
+    room = CHUNK_BYTES
+    for start, end in runs:
+        while start < end:
+            length = min(end - start, room)
+            batch.append((start, length))
+            start += length
+            room -= length
+            if room == 0 or len(batch) == IOV_MAX:
+                yield batch
+                batch, room = [], CHUNK_BYTES
+    if batch:
+        yield batch
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,142 @@
+"""Reading an image set into a Snapshot, and refusing what is inconsistent before anything is created."""
+
+from __future__ import annotations
+
+from .. import limits
+from ..errors import ImageError
+from ..images.pages import Pages
+from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..images.schema import Message
+    from ..images.store import ImageReader
+
+IMAGE_VERSION = 2
+MACHINE_X86_64 = 1
+PID_MAX = 1 << 22
+ADDRESS_END = 0x7FFFFFFFF000
+PAGE = 4096
+
+
+def load(reader: ImageReader) -> Snapshot:
+    """The snapshot in an image set. Raises ImageError naming file and field."""
+    snapshot = Snapshot()
+    snapshot.inventory = reader.read_one("inventory")
+    if snapshot.inventory.img_version != IMAGE_VERSION:
+        version = snapshot.inventory.img_version
+        raise ImageError("inventory.img", "img_version", f"{version} is not supported, {IMAGE_VERSION} is")
+    if not snapshot.inventory.fdinfo_per_id:
+        raise ImageError("inventory.img", "fdinfo_per_id", "sets of this age are not supported")
+    _load_tree(reader, snapshot)
+    for entry in reader.files():
+        if entry.id in snapshot.files:
+            raise ImageError("files.img", f"id {entry.id}", "it is there twice")
+        snapshot.files[entry.id] = entry
+    tables: dict[int, list[tuple[int, int, bool]]] = {}
+    for task in snapshot.tasks.values():
+        if task.alive:
+            _load_task(reader, task, snapshot, tables)
+    return snapshot
+
+
+def _load_tree(reader: ImageReader, snapshot: Snapshot) -> None:
+    entries = reader.read_all("pstree", required=True)
+    if not entries:
+        raise ImageError("pstree.img", "", "there is no task in it")
+    tids: set[int] = set()
+    for index, entry in enumerate(entries):
+        place = f"entry {index}"
+        for name in ("pid", "pgid", "sid"):
+            if not 0 <= getattr(entry, name) < PID_MAX or (name == "pid" and entry.pid == 0):
+                raise ImageError("pstree.img", f"{place}: {name}", f"{getattr(entry, name)} is no process id")
+        if entry.pid in snapshot.tasks or entry.pid in tids:
+            raise ImageError("pstree.img", f"{place}: pid", f"{entry.pid} is there twice")
+        task = RestoredTask(entry.pid, entry.pgid, entry.sid)
+        if index == 0:
+            snapshot.root = task
+        else:
+            parent = snapshot.tasks.get(entry.ppid)
+            if parent is None:
+                raise ImageError("pstree.img", f"{place}: ppid", f"{entry.ppid} is no earlier task")
+            task.parent = parent
+            parent.children.append(task)
+        snapshot.tasks[entry.pid] = task
+        task.core = _core(reader, entry.pid)
+        tids.add(entry.pid)
+        if not task.core.HasField("tc"):
+            raise ImageError(f"core-{entry.pid}.img", "tc", "it is missing")
+        task.threads.append(RestoredThread(task, entry.pid, task.core))
+        for tid in () if task.zombie else entry.threads:
+            if tid == entry.pid:
+                continue
+            if tid in tids or tid in snapshot.tasks or not 0 < tid < PID_MAX:
+                raise ImageError("pstree.img", f"{place}: threads", f"{tid} is no thread id or there twice")
+            tids.add(tid)
+            task.threads.append(RestoredThread(task, tid, _core(reader, tid)))
+
+
+def _core(reader: ImageReader, tid: int) -> Message:
+    core = reader.read_one(f"core-{tid}")
+    if core.mtype != MACHINE_X86_64:
+        raise ImageError(f"core-{tid}.img", "mtype", f"machine {core.mtype} is not this one (x86-64)")
+    return core
+
+
+def _load_task(
+    reader: ImageReader, task: RestoredTask, snapshot: Snapshot, tables: dict[int, list[tuple[int, int, bool]]]
+) -> None:
+    for thread in task.threads:
+        for field in ("thread_info", "thread_core"):
+            if not thread.core.HasField(field):
+                raise ImageError(thread.image, field, "it is missing")
+    task.ids = reader.read_one(f"ids-{task.pid}")
+    task.fs = reader.read_one(f"fs-{task.pid}")
+    task.mm = reader.read_one(f"mm-{task.pid}")
+    table = task.ids.files_id
+    if table not in tables:
+        tables[table] = _load_fds(reader, table, snapshot)
+    task.fds = tables[table]
+    _check_mappings(task)
+    task.pages = Pages(reader, f"pagemap-{task.pid}")
+    task.runs = list(task.pages.runs())
+    _check_runs(task)
+
+
+def _load_fds(reader: ImageReader, table: int, snapshot: Snapshot) -> list[tuple[int, int, bool]]:
+    found: list[tuple[int, int, bool]] = []
+    seen: set[int] = set()
+    for index, entry in enumerate(reader.read_all(f"fdinfo-{table}")):
+        place = f"entry {index}"
+        if entry.fd in seen or not 0 <= entry.fd < limits.FD_MAX:
+            raise ImageError(f"fdinfo-{table}.img", f"{place}: fd", f"{entry.fd} is there twice or out of range")
+        if entry.id not in snapshot.files:
+            raise ImageError(f"fdinfo-{table}.img", f"{place}: id", f"file {entry.id} is not in files.img")
+        seen.add(entry.fd)
+        found.append((entry.fd, entry.id, bool(entry.flags & 1)))
+    return found
+
+
+def _check_mappings(task: RestoredTask) -> None:
+    end = 0
+    for index, entry in enumerate(task.mm.vmas):
+        if entry.status & 0x10004:  # guard regions and vsyscall stand outside of the order
+            continue
+        aligned = not (entry.start | entry.end) % PAGE
+        if not aligned or not end <= entry.start < entry.end <= ADDRESS_END:
+            where = f"{entry.start:#x}-{entry.end:#x}"
+            raise ImageError(f"mm-{task.pid}.img", f"vmas {index}", f"{where} is out of order or range")
+        end = entry.end
+
+
+def _check_runs(task: RestoredTask) -> None:
+    spans = [(entry.start, entry.end) for entry in task.mm.vmas if not entry.status & 0x10004]
+    index = 0
+    for address, count, *_ in task.runs:
+        end = address + count * PAGE
+        while address < end:
+            while index < len(spans) and spans[index][1] <= address:
+                index += 1
+            if index == len(spans) or address < spans[index][0]:
+                raise ImageError(f"pagemap-{task.pid}.img", f"page {address:#x}", "no mapping of the task holds it")
+            address = spans[index][1]

@@ -1,0 +1,140 @@
+"""Running a program inside a task that is not ours, so that the task survives whatever happens to us.
+
+The code and the frame with the task's registers are written to the unused tail of the task's vDSO (a private copy of that
+page; until the registers change, nothing has happened). The program runs in an arena that the task maps for itself and
+unmaps again. If the tracer dies at any instant, each stop becomes a signal that the task ignores, an unwritten program is
+an empty one, and the code gives back memory, signal mask and registers by itself (machine.S).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from ..errors import TaskGone, Unsupported
+from ..linux import ptrace
+from ..linux.nr import NR
+from . import machine
+from .program import Run
+from .tracee import wait_stop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..linux.ptrace import user_regs_struct
+    from .program import Program
+    from .tracee import Seized
+
+ALL_SIGNALS = (1 << 64) - 1
+PAGE = 4096
+IGNORED_BY_DEFAULT = (23, 28, 17)  # SIGURG SIGWINCH SIGCHLD
+
+# include/linux/errno.h: what an interrupted system call's result says about its restart
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+
+
+def interrupted_call(regs: user_regs_struct) -> int:
+    """The ERESTART* code (positive) if the task was stopped inside a system call that it is to restart, else 0."""
+    code = (1 << 64) - regs.ax
+    in_call = regs.orig_ax < 1 << 63
+    restarts = (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK)
+    return code if in_call and code in restarts else 0
+
+
+class Guest:
+    """The place inside one process where programs of ours run, one thread at a time."""
+
+    def __init__(
+        self, pid: int, vpid: int, mem_fd: int, vdso: tuple[int, int], signals_in_use: int, seized: Seized
+    ) -> None:
+        """``vpid`` is the pid as the task itself sees it, ``mem_fd`` is /proc/PID/mem, ``vdso`` its (start, end),
+        ``signals_in_use`` a mask of the signals that are caught or pending.
+        """
+        self.pid = pid
+        self.vpid = vpid
+        self.unclean = False
+        self.mem_fd = mem_fd
+        self.seized = seized
+        self.signal = next(
+            (n for n in IGNORED_BY_DEFAULT if not signals_in_use >> (n - 1) & 1), IGNORED_BY_DEFAULT[0]
+        )
+        self.code = self._find_room(vdso)
+
+    def _find_room(self, vdso: tuple[int, int]) -> int:
+        page_start = vdso[1] - PAGE
+        page = os.pread(self.mem_fd, PAGE, page_start)
+        stale = page.find(machine.GUEST)
+        if stale >= 0:  # left by a dump that was killed; whoever ran it has long left it
+            return page_start + stale
+        used = len(page.rstrip(b"\0"))
+        start = (used + 31) // 16 * 16
+        if start + machine.GUEST_BYTES > PAGE:
+            raise Unsupported(
+                f"task {self.pid}: no room to run in: the vDSO's last page has {PAGE - used} bytes left",
+                hint=f"{machine.GUEST_BYTES} are needed",
+            )
+        return page_start + start
+
+    def run(self, tid: int, vtid: int, program: Program, regs: user_regs_struct, sigmask: int) -> Run:
+        """Run ``program`` in the stopped thread ``tid``; afterwards it is stopped as before, with ``regs`` and ``sigmask``.
+
+        Raises TaskGone if it dies on the way. After any other error the thread is left to find its way back by itself
+        when it is let go.
+        """
+        size = -(-program.size // PAGE) * PAGE
+        self._write_frame(vtid, size, regs, sigmask)
+        ptrace.set_sigmask(tid, ALL_SIGNALS & ~(1 << (self.signal - 1)))
+        start = regs.copy()
+        start.ip, start.orig_ax, start.ax = self.code, ALL_SIGNALS, NR["mmap"]
+        start.di, start.si, start.dx, start.r10, start.r8, start.r9 = 0, size, 3, 0x22, ALL_SIGNALS, 0
+        self.unclean = True
+        ptrace.set_regs(tid, start)
+        self._resume(tid)
+        now = ptrace.get_regs(tid)
+        memory = b""
+        if now.bp:
+            program.place(now.bx)
+            os.pwrite(self.mem_fd, program.compile(), now.bx)
+            self._resume(tid)
+            memory = os.pread(self.mem_fd, program.size, now.bx)
+            self._resume(tid)
+        ptrace.set_regs(tid, regs)
+        ptrace.set_sigmask(tid, sigmask)
+        self.unclean = False
+        if not memory:
+            raise Unsupported(f"task {tid}: it cannot map {size} bytes for a moment", hint="RLIMIT_AS reached?")
+        return Run(program, memory)
+
+    def _resume(self, tid: int) -> None:
+        ptrace.resume(tid)
+        while True:
+            try:
+                stop = wait_stop(tid)
+            except TaskGone:
+                self.seized.forget(tid)
+                raise
+            if stop.event == 0 and stop.signal == self.signal:
+                return
+            if stop.event == 0 and stop.signal in (4, 5, 7, 8, 11):
+                raise Unsupported(f"task {tid}: signal {stop.signal} while running a program in it")
+            if stop.event == 0:
+                # Only SIGSTOP can come through; the task gets it when it is let go.
+                self.seized.redeliver.append((tid, stop.signal))
+            ptrace.resume(tid)
+
+    def _write_frame(self, vtid: int, arena_bytes: int, regs: user_regs_struct, sigmask: int) -> None:
+        ip, ax = regs.ip, regs.ax
+        code = interrupted_call(regs)
+        if code:
+            # What the kernel does on the way out, done by hand: step back onto the syscall instruction.
+            ip -= 2
+            ax = NR["restart_syscall"] if code == ERESTART_RESTARTBLOCK else regs.orig_ax
+        values = [getattr(regs, name) for name in machine.REGISTERS]
+        values[machine.REGISTERS.index("ax")] = ax
+        head = (self.vpid, vtid, self.signal, arena_bytes, sigmask, regs.flags, regs.sp, ip)
+        frame = struct.pack(f"<{machine.FRAME_WORDS}Q", *head, *values)
+        os.pwrite(self.mem_fd, machine.GUEST + frame, self.code)
+
+    def leave(self) -> None:
+        """Remove the code, unless a thread still needs it to find its way back."""
+        if not self.unclean:
+            os.pwrite(self.mem_fd, bytes(machine.GUEST_BYTES), self.code)

@@ -1,0 +1,255 @@
+"""The bare process that a task is made from: cloned with the pid wanted, running nothing but the machine.
+
+The first one of a tree is cloned here and executes a tiny ELF file made on the spot; all others are forked by their parents'
+programs. Everything that they run lies in one memory file, the arena, which is mapped into all of them at the same address
+and into this process, so that programs and results are plain memory to both sides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import struct
+
+from ..errors import KernelError, TaskGone, Unsupported
+from ..linux import ptrace
+from ..linux.call import call
+from ..linux.kernel import writable_address
+from . import machine
+from .program import Program
+from .tracee import wait_stop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PAGE = 4096
+CLONE_VM, CLONE_PARENT = 0x100, 0x8000
+AT_EMPTY_PATH = 0x1000
+FIONCLEX = 0x5450
+CLONE_NEWTIME = 0x80
+OPTIONS = (
+    ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD | ptrace.O_TRACEFORK | ptrace.O_TRACEVFORK | ptrace.O_TRACECLONE
+    | ptrace.O_TRACEEXEC
+)  # fmt: skip
+
+# clone3(args, size) and go on: the parent returns its result, the child enters the machine (4th argument) with the third as
+# its program. It never touches the stack that it shares with us.
+#   mov r10, rcx; mov eax, 435; syscall; test rax, rax; jnz 1f; mov r15, rdx; jmp r10; 1: ret
+_LAUNCH = bytes.fromhex("4989ca b8b3010000 0f05 4885c0 7506 4989d7 41ffe2 c3")
+
+
+class Arena:
+    """The memory file that all stubs share. ``base`` is where it lies in them; the first page is the machine's code."""
+
+    def __init__(self, base: int, size: int) -> None:
+        self.base = base
+        self.size = -(-size // PAGE) * PAGE + PAGE
+        self.fd = os.memfd_create("torpor-arena", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.size)
+        self.memory = mmap.mmap(self.fd, self.size)
+        self.memory[: len(machine.STUB)] = machine.STUB
+        self._next = PAGE
+
+    @property
+    def code(self) -> int:
+        """Where the machine lies."""
+        return self.base
+
+    @property
+    def failed_at(self) -> int:
+        """The instruction pointer of a stub whose program failed: behind the trap."""
+        return self.base + len(machine.STUB)
+
+    def place(self, program: Program) -> None:
+        """Give a program its address."""
+        program.place(self.base + self._next)
+        self._next += (program.size + 63) // 64 * 64
+        if self._next > self.size:
+            raise AssertionError("the arena is too small")
+
+    def write(self, program: Program) -> None:
+        """Put a placed program into the arena."""
+        content = program.compile()
+        start = program.base - self.base
+        self.memory[start : start + len(content)] = content
+
+    def read(self, program: Program) -> bytes:
+        """The program as it is now, results included."""
+        start = program.base - self.base
+        return self.memory[start : start + program.size]
+
+    def close(self) -> None:
+        """Unmap and close it here; stubs unmap it themselves."""
+        self.memory.close()
+        os.close(self.fd)
+
+
+def _elf(base: int, code: bytes, data: bytes) -> bytes:
+    """An executable: ``code`` at ``base``, ``data`` writable on the page behind it."""
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, base, 64, 0, 0, 64, 56, 3, 0, 0, 0
+    )  # e_ident, ET_EXEC, EM_X86_64, version, entry, phoff, shoff, flags, sizes
+    segments = (
+        struct.pack("<IIQQQQQQ", 1, 5, PAGE, base, base, len(code), len(code), PAGE),
+        struct.pack("<IIQQQQQQ", 1, 6, 2 * PAGE, base + PAGE, base + PAGE, len(data), len(data), PAGE),
+        struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16),  # GNU_STACK: not executable
+    )
+    image = (header + b"".join(segments)).ljust(PAGE, b"\0")
+    return (image + code.ljust(PAGE, b"\0") + data).ljust(3 * PAGE, b"\0")
+
+
+def launch(
+    set_tid: Sequence[int], arena: Arena, keep: Sequence[int], *, sibling: bool = False,
+    clock_offsets: bytes = b"",
+) -> tuple[int, int]:  # fmt: skip
+    """Clone and start the first stub; returns (its pid as we see it, the address of the arena's code).
+
+    ``set_tid`` are the pids it must have, innermost namespace first; ``keep`` the descriptors that it keeps in spite of
+    their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what /proc/self/timens_offsets is to hold in a time namespace of its own. It is
+    traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is taken).
+    """
+    bootstrap = Program("bootstrap of the stub")
+    bootstrap.call("mmap", arena.base, PAGE, 5, 0x100001, arena.fd, 0, why="code of the arena")
+    bootstrap.call("mmap", arena.base + PAGE, arena.size - PAGE, 3, 0x100001, arena.fd, PAGE, why="programs")
+    elf_base = arena.base - 16 * PAGE
+    bootstrap.place(elf_base + PAGE)
+    # The entry's first instruction makes %r15 point at the bootstrap: movabs $bootstrap, %r15.
+    code = b"\x49\xbf" + struct.pack("<Q", elf_base + PAGE) + machine.STUB
+    elf_fd = os.memfd_create("torpor-stub", os.MFD_CLOEXEC)
+    ready, go = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
+        pid = _clone(set_tid, _exec_program(ready, elf_fd, arena.fd, keep, clock_offsets), go, sibling)
+        _await_bootstrap(pid, elf_base, len(code))
+    finally:
+        for fd in (elf_fd, ready):
+            os.close(fd)
+    return pid, arena.code
+
+
+def _exec_program(ready: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes) -> Program:
+    program = Program("start of the stub")
+    # Ends here, in a trap that kills it, if we die before we trace it: the pipe gives end of file.
+    program.call("read", ready, program.out(8), 1, 0, transfer=True, why="wait until traced")
+    if clock_offsets:
+        program.call("unshare", CLONE_NEWTIME)
+        fd = program.call("openat", -100, b"/proc/self/timens_offsets\0", os.O_WRONLY | os.O_CLOEXEC)
+        program.call("write", fd, clock_offsets, len(clock_offsets))
+    for fd_kept in (*keep, arena_fd):
+        program.call("ioctl", fd_kept, FIONCLEX)
+    name = program.put(b"torpor-stub\0")
+    argv = program.out(16)
+    program.pointer(argv, 0, name)
+    program.call("execveat", elf_fd, b"\0", argv, program.out(8), AT_EMPTY_PATH)
+    return program
+
+
+def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> int:
+    """clone3 with our memory shared until it executes; seize it; let it go."""
+    code_size = len(machine.STUB) + len(_LAUNCH)
+    area = mmap.mmap(-1, code_size + 64 + program.size + 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7)
+    address = writable_address(area)
+    area[: len(machine.STUB)] = machine.STUB
+    launch_at = len(machine.STUB)
+    area[launch_at : launch_at + len(_LAUNCH)] = _LAUNCH
+    program_at = (code_size + 63) // 64 * 64
+    program.place(address + program_at)
+    content = program.compile()
+    area[program_at : program_at + len(content)] = content
+    tids = (ctypes.c_int * len(set_tid))(*set_tid)
+    flags = CLONE_VM | (CLONE_PARENT if sibling else 0)
+    exit_signal = 0 if sibling else int(signal.SIGCHLD)
+    args = (ctypes.c_uint64 * 11)(
+        flags, 0, 0, 0, exit_signal, 0, 0, 0, ctypes.addressof(tids), len(set_tid), 0
+    )  # struct clone_args, include/uapi/linux/sched.h
+    function = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    launcher = function(address + launch_at)
+    # A handler of ours must not run in the child: it shares our memory and our stack.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = launcher(ctypes.addressof(args), 88, program.base, address)
+        if pid < 0:
+            raise clone_error(-pid, set_tid)
+        try:
+            ptrace.seize(pid, OPTIONS)
+            os.write(go, b"!")
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            os.close(go)
+            go = -1
+        _await_exec(pid)
+    finally:
+        if go >= 0:
+            os.close(go)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    area.close()
+    return int(pid)
+
+
+def clone_error(number: int, set_tid: Sequence[int]) -> KernelError:
+    """The error of a failed clone3, with the reason that set_tid most likely gives."""
+    hints = {
+        errno.EEXIST: f"process id {set_tid[0]} is in use; end that process or restore in a pid namespace of its own",
+        errno.EINVAL: f"process id {set_tid[0]} may be above /proc/sys/kernel/pid_max",
+        errno.EPERM: "setting process ids needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
+    }
+    return KernelError(f"clone3 with pid {set_tid[0]}", number, hint=hints.get(number, ""))
+
+
+def _await_exec(pid: int) -> None:
+    """Wait until it has a memory of its own."""
+    while True:
+        stop = wait_stop(pid)
+        if stop.event == ptrace.EVENT_EXEC:
+            return
+        if stop.event == 0 and stop.signal == signal.SIGTRAP:
+            os.kill(pid, signal.SIGKILL)
+            raise Unsupported("the first stub could not be started", hint="is memfd execution allowed (vm.memfd_noexec)?")
+        ptrace.resume(pid, stop.signal if stop.event == 0 else 0)
+
+
+def _await_bootstrap(pid: int, elf_base: int, code_bytes: int) -> None:
+    ptrace.set_sigmask(pid, 0)
+    ptrace.resume(pid)
+    stop = wait_stop(pid)
+    regs = ptrace.get_regs(pid)
+    record = (regs.r15 - elf_base - PAGE) // machine.RECORD_BYTES
+    if stop.signal != signal.SIGTRAP or regs.ip != elf_base + code_bytes or record != 2:
+        os.kill(pid, signal.SIGKILL)
+        raise Unsupported(f"the stub's arena could not be mapped (step {record}, signal {stop.signal})")
+
+
+def start(pid: int, arena: Arena, program: Program) -> None:
+    """Set a stopped stub going on a program in the arena."""
+    regs = ptrace.get_regs(pid)
+    regs.ip, regs.r15, regs.orig_ax = arena.code, program.base, (1 << 64) - 1
+    ptrace.set_regs(pid, regs)
+    ptrace.resume(pid)
+
+
+def kill(pids: Sequence[int]) -> None:
+    """Kill stubs and take their exits, children first."""
+    for pid in reversed(pids):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for pid in reversed(pids):
+        try:
+            while True:
+                _, status = ptrace.wait(pid)
+                if not os.WIFSTOPPED(status):
+                    break
+        except (ChildProcessError, TaskGone):
+            continue
+
+
+def subreaper(on: bool) -> None:
+    """Be the one to whom orphans among our descendants come, or no longer."""
+    call("prctl", 36, int(on), 0, 0, 0)

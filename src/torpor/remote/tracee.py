@@ -1,0 +1,165 @@
+"""Stopping the threads of a tree and letting them go: ptrace(2), SEIZE style (Documentation: man ptrace).
+
+A task is stopped by ptrace and not by a freezer, because a frozen task cannot run a program.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from ..errors import KernelError, TaskGone, Unsupported
+from ..linux import ptrace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+GROUP_STOPS = (19, 20, 21, 22)  # SIGSTOP SIGTSTP SIGTTIN SIGTTOU
+SIGTRAP = 5
+
+
+class Stop:
+    """How a tracee stopped: ``signal`` and ``event`` (ptrace.EVENT_*, 0 for a signal on its way)."""
+
+    __slots__ = ("event", "signal")
+
+    def __init__(self, status: int) -> None:
+        self.signal = (status >> 8) & 0xFF
+        self.event = status >> 16
+
+    @property
+    def by_interrupt(self) -> bool:
+        """The stop that was asked for."""
+        return self.event == ptrace.EVENT_STOP and self.signal == SIGTRAP
+
+    @property
+    def by_group(self) -> bool:
+        """The task was stopped by job control when it was seized."""
+        return self.event == ptrace.EVENT_STOP and self.signal in GROUP_STOPS
+
+    def __repr__(self) -> str:
+        return f"Stop(signal={self.signal}, event={self.event})"
+
+
+def wait_stop(tid: int, timeout_s: float = 10.0) -> Stop:
+    """Wait until ``tid``, a tracee, stops.
+
+    Raises TaskGone when it ends instead (it is reaped as a tracee; its parent still gets its exit status), and
+    Unsupported when it does not stop in time: it sits in an uninterruptible state.
+    """
+    deadline = 0.0
+    for attempt in range(1 << 30):
+        try:
+            pid, status = ptrace.wait(tid, os.WNOHANG)
+        except ChildProcessError:
+            raise TaskGone(f"task {tid} is gone") from None
+        if pid:
+            if os.WIFSTOPPED(status):
+                return Stop(status)
+            raise TaskGone(f"task {tid} ended ({_ending(status)})")
+        if attempt == 100:
+            deadline = time.monotonic() + timeout_s
+        elif attempt > 100:
+            if time.monotonic() > deadline:
+                raise Unsupported(
+                    f"task {tid} did not stop within {timeout_s:g} s",
+                    hint=f"it is in an uninterruptible wait, see /proc/{tid}/wchan and its state in /proc/{tid}/stat",
+                )
+            time.sleep(min(0.0001 * (attempt - 99), 0.005))
+    raise AssertionError
+
+
+def _ending(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"signal {os.WTERMSIG(status)}"
+    return f"exit status {os.WEXITSTATUS(status)}"
+
+
+class Seized:
+    """A set of seized threads. Leaving it lets every thread go on, whatever happened.
+
+    ``stops`` maps each tid to the stop that it is in.
+    """
+
+    def __init__(self, timeout_s: float = 10.0) -> None:
+        self.stops: dict[int, Stop] = {}
+        self.redeliver: list[tuple[int, int]] = []
+        self.timeout_s = timeout_s
+        self._pending: set[int] = set()
+
+    def seize(self, tids: Iterable[int], options: int = 0) -> list[int]:
+        """Seize and stop the threads; returns those that are stopped now (a thread may have ended meanwhile)."""
+        sent: list[int] = []
+        for tid in tids:
+            try:
+                ptrace.seize(tid, options)
+                self._pending.add(tid)
+                ptrace.interrupt(tid)
+            except KernelError as error:
+                if error.errno == errno.ESRCH:
+                    self._pending.discard(tid)
+                    continue
+                if error.errno == errno.EPERM:
+                    raise self._refused(tid) from error
+                raise
+            sent.append(tid)
+        return [tid for tid in sent if self._wait_interrupt(tid)]
+
+    def _refused(self, tid: int) -> Unsupported:
+        from ..proc.read import read
+        from ..proc.status import parse
+
+        try:
+            tracer = parse(read(tid, "status")).TracerPid
+        except TaskGone:
+            tracer = 0
+        if tracer:
+            return Unsupported(f"task {tid} is traced by process {tracer}", hint="detach the debugger or strace first")
+        return Unsupported(f"task {tid}: tracing it is not permitted", hint="run as root or with CAP_SYS_PTRACE")
+
+    def _wait_interrupt(self, tid: int) -> bool:
+        try:
+            while True:
+                stop = wait_stop(tid, self.timeout_s)
+                if stop.event == ptrace.EVENT_STOP:
+                    self._pending.discard(tid)
+                    self.stops[tid] = stop
+                    return True
+                # A signal that was on its way when we came; it is delivered and the stop asked for follows.
+                ptrace.resume(tid, stop.signal)
+        except TaskGone:
+            self._pending.discard(tid)
+            return False
+
+    def release(self, tid: int) -> None:
+        """Let one thread go on."""
+        if self.stops.pop(tid, None) is not None:
+            try:
+                ptrace.detach(tid)
+            except KernelError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+
+    def release_all(self) -> None:
+        """Let all threads go on. Threads that were stopped by job control stay so."""
+        for tid in list(self._pending):
+            # It was asked to stop and did not yet: only a stopped task can be detached.
+            self._pending.discard(tid)
+            try:
+                self.stops[tid] = wait_stop(tid, 1.0)
+            except (TaskGone, Unsupported):
+                continue
+        for tid in list(self.stops):
+            self.release(tid)
+        for tid, signal in self.redeliver:
+            try:
+                os.kill(tid, signal)
+            except ProcessLookupError:
+                pass
+        self.redeliver.clear()
+
+    def forget(self, tid: int) -> None:
+        """The thread is dead: nothing to let go."""
+        self.stops.pop(tid, None)

@@ -1,0 +1,274 @@
+"""What a resource is: one kernel object, how it is dumped and how it is made again.
+
+Being in the folder is the registration: each module in ``files/`` ends in ``RESOURCE = …``, an instance of
+:class:`FileResource`; in ``task/`` of :class:`TaskResource`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ..errors import Unsupported
+from ..linux.kernel import pidfd_getfd
+from ..proc.fdinfo import parse as parse_fdinfo
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, ClassVar
+
+    from ..images.schema import Message
+    from ..remote.program import Program
+
+
+class SourceFile:
+    """An open file description of a task that is being dumped, seen through one of its descriptors.
+
+    ``link`` is what /proc/PID/fd/N points to, ``stat`` the result of stat(2) through it, ``id`` its number in the
+    images.
+    """
+
+    __slots__ = ("_fdinfo", "borrow", "fd", "id", "link", "pid", "stat")
+
+    def __init__(
+        self, pid: int, fd: int, link: str, stat: os.stat_result, borrow: Callable[[], int], file_id: int = 0
+    ) -> None:
+        self.pid = pid
+        self.fd = fd
+        self.link = link
+        self.stat = stat
+        self.id = file_id
+        #: Gives a descriptor of ours for the same description (pidfd_getfd). The caller must not close it: it is
+        #: shared by all who ask, and closed with the dump.
+        self.borrow = borrow
+        self._fdinfo: dict[bytes, list[bytes]] | None = None
+
+    @property
+    def path(self) -> str:
+        """The /proc path of the descriptor."""
+        return f"/proc/{self.pid}/fd/{self.fd}"
+
+    @property
+    def fdinfo(self) -> dict[bytes, list[bytes]]:
+        """/proc/PID/fdinfo/N: key → all its values, in order (see proc/fdinfo.py)."""
+        if self._fdinfo is None:
+            from ..proc.read import read
+
+            self._fdinfo = parse_fdinfo(read(self.pid, f"fdinfo/{self.fd}"))
+        return self._fdinfo
+
+    @property
+    def flags(self) -> int:
+        """Status flags of the description (octal in fdinfo); the descriptor's close-on-exec bit is not among them."""
+        return int(self.fdinfo[b"flags"][0], 8) & ~os.O_CLOEXEC
+
+    @property
+    def pos(self) -> int:
+        """The file position."""
+        return int(self.fdinfo[b"pos"][0])
+
+
+class FileResource:
+    """A kind of open file. Subclasses set the class attributes and define dump and restore."""
+
+    #: The image's fd_types number, and the field of file_entry that holds the entry.
+    FD_TYPE: ClassVar[int] = 0
+    FIELD: ClassVar[str] = ""
+    #: What makes a description one of this kind: an exact /proc link, or the file type (stat.S_IFMT), then claims().
+    LINKS: ClassVar[tuple[str, ...]] = ()
+    MODES: ClassVar[tuple[int, ...]] = ()
+    #: Among resources that share a MODE the one with the lower number is asked first.
+    PRIORITY: ClassVar[int] = 50
+
+    def claims(self, source: SourceFile) -> bool:
+        """Is this description one of ours? Asked when LINKS or MODES match."""
+        return True
+
+    def check(self, source: SourceFile, ctx: DumpContext) -> None:
+        """Raise Unsupported when it cannot be dumped. Runs before anything is frozen; must not change anything."""
+
+    def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
+        """The entry for the images. The task is stopped. ``id``, ``flags`` and ``fown`` come from ``source``/``ctx``."""
+        raise NotImplementedError
+
+    def restore(self, entry: Message, ctx: BuildContext) -> int:
+        """Make the open file description again in this process; returns a descriptor, which the engine takes over."""
+        raise NotImplementedError
+
+    def settle(self, entry: Message, fd: int, program: Program, ctx: BuildContext) -> None:
+        """Emit what only a task that holds it as ``fd`` can do (epoll watches, a controlling terminal, …).
+
+        Called once per description, for one task that holds it, after all descriptors of that task are in place.
+        """
+
+    def settle_each(self, entry: Message, fd: int, task: Any, program: Program, ctx: BuildContext) -> None:
+        """As settle, but called for every task (a RestoredTask) and descriptor that holds it: posix locks, …."""
+
+
+class TaskResource:
+    """A part of a task's or thread's state. Subclasses set ORDER and define some of ask, dump, restore."""
+
+    #: "process": once, in the main thread; "thread": in every thread, the main one included.
+    PER: ClassVar[str] = "process"
+    #: Restored in this order within a task: 10 early (needs nothing) … 50 usual … 90 takes privileges away.
+    ORDER: ClassVar[int] = 50
+
+    def ask(self, program: Program, thread: Any) -> Any:
+        """Append getters that the thread itself runs; returns whatever dump() needs to find their results."""
+        return None
+
+    def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
+        """Fill in the thread's core_entry. ``run.result(ref)`` and ``run.bytes(data)`` read what ``ask`` asked for.
+
+        ``thread`` is a SourceThread: .tid, .task (a SourceTask: .pid, .stat, .status, .threads …), .status
+        (proc.status), .stat (proc.stat), .regs, .sigmask. For a process-wide resource it is the main thread.
+        """
+        raise NotImplementedError
+
+    def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
+        """Emit the calls that give the calling thread this state. ``thread``: RestoredThread (.tid, .task)."""
+        raise NotImplementedError
+
+
+# vma_entry.status
+VMA_REGULAR, VMA_STACK, VMA_VSYSCALL, VMA_VDSO, VMA_HEAP = 0x1, 0x2, 0x4, 0x8, 0x20
+VMA_FILE_PRIVATE, VMA_FILE_SHARED, VMA_ANON_SHARED, VMA_ANON_PRIVATE = 0x40, 0x80, 0x100, 0x200
+VMA_SYSVIPC, VMA_SOCKET, VMA_VVAR, VMA_AIORING, VMA_MEMFD = 0x400, 0x800, 0x1000, 0x2000, 0x4000
+VMA_SHSTK, VMA_GUARD = 0x8000, 0x10000
+# uapi/asm-generic/mman-common.h, mman.h
+MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE, MAP_FIXED, MAP_ANONYMOUS = 0x1, 0x2, 0x8, 0x10, 0x20
+MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE, MAP_HUGETLB, MAP_FIXED_NOREPLACE = 0x100, 0x2000, 0x4000, 0x40000, 0x100000
+
+
+class MappingResource:
+    """A kind of mapping."""
+
+    #: The kinds of proc/maps.py that it takes, and the vma_entry.status bits by which restore knows it.
+    KINDS: ClassVar[tuple[str, ...]] = ()
+    PRIORITY: ClassVar[int] = 50
+    #: Are there pages that belong to the task alone (as against a file or a shared object)?
+    PRIVATE_PAGES: ClassVar[bool] = True
+
+    def claims(self, mapping: Any) -> bool:
+        """Is this mapping (model.source.Mapping) one of ours? Asked when KINDS matches."""
+        return True
+
+    def check(self, mapping: Any, pid: int, ctx: DumpContext) -> None:
+        """Raise Unsupported when it cannot be dumped; nothing is frozen yet."""
+
+    def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
+        """Complete ``entry`` (a vma_entry whose start, end, pgoff, prot, flags and madv are set): status, shmid, ...."""
+        raise NotImplementedError
+
+    def restores(self, entry: Message) -> bool:
+        """Is this vma_entry one of ours?"""
+        raise NotImplementedError
+
+    def prepare(self, entry: Message, ctx: BuildContext) -> None:
+        """Make what the mapping needs (open its file) in the builder."""
+
+    def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
+        """Emit the mmap(2) that makes it, with ``prot`` for now; its pages and final protection follow."""
+        raise NotImplementedError
+
+
+class DumpContext:
+    """What dumping code may use: options, the image writer, identifiers, borrowed descriptors, the tree."""
+
+    def __init__(self, options: Any, images: Any) -> None:
+        self.options = options
+        self.images = images
+        #: pid → SourceTask for all tasks of the tree.
+        self.tasks: dict[int, Any] = {}
+        #: Anything that entries of one kind must share (a pipe's two ends): key → value, keys are (kind, …).
+        self.memo: dict[Any, Any] = {}
+        self._next: dict[str, int] = {}
+        self._borrowed: dict[tuple[int, int], int] = {}
+        self._adopted: list[int] = []
+
+    def borrow(self, task: Any, fd: int) -> int:
+        """A descriptor of ours for the description behind a task's ``fd``; it is ours until the dump ends."""
+        key = (task.pid, fd)
+        if key not in self._borrowed:
+            self._borrowed[key] = pidfd_getfd(task.pidfd, fd)
+        return self._borrowed[key]
+
+    def adopt(self, fd: int) -> None:
+        """Close ``fd`` when the dump ends."""
+        self._adopted.append(fd)
+
+    def close(self) -> None:
+        """Give back what was borrowed."""
+        for fd in (*self._borrowed.values(), *self._adopted):
+            os.close(fd)
+        self._borrowed.clear()
+        self._adopted.clear()
+
+    def new_id(self, kind: str) -> int:
+        """The next number (from 1) of an id space of the images: "file", "shmem", "pipe", "ghost", …"""
+        number = self._next.get(kind, 0) + 1
+        self._next[kind] = number
+        return number
+
+    def fown(self, source: SourceFile) -> Message:
+        """The fown_entry of a description: who gets SIGIO, and with which credentials it was asked for."""
+        from .fown import dump
+
+        return dump(source)
+
+
+class BuildContext:
+    """What restoring code may use in the builder: options, images, the memory of shared things, the undo journal."""
+
+    def __init__(self, options: Any, images: Any, undo: Any) -> None:
+        self.options = options
+        self.images = images
+        self.undo = undo
+        self.memo: dict[Any, Any] = {}
+        #: file id → (resource, entry) of every file_entry in the images.
+        self.files: dict[int, tuple[FileResource, Any]] = {}
+        #: file id → the builder's descriptor, once made.
+        self.built: dict[int, int] = {}
+        #: Descriptors below this number belong to restored tasks; the builder's own lie above, listed in ``kept``.
+        self.first_free_fd = 3
+        self.kept: list[int] = []
+        #: Keys given by --inherit-fd → descriptor.
+        self.inherited: dict[str, int] = {}
+
+    def keep(self, fd: int) -> int:
+        """Take over a descriptor that tasks will need: it is moved out of the way of theirs and lasts until they run."""
+        import fcntl
+
+        kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.first_free_fd)
+        os.close(fd)
+        self.kept.append(kept)
+        return kept
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The value remembered under ``key``; ``make()`` it the first time."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def build(self, file_id: int) -> int:
+        """The builder's descriptor of a file by its id, made now if it is not there yet."""
+        if file_id not in self.built:
+            resource, entry = self.files[file_id]
+            self.built[file_id] = self.keep(resource.restore(entry, self))
+        return self.built[file_id]
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Another open file description of what ``fd`` refers to (through /proc/self/fd)."""
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+def unsupported(source: SourceFile, why: str, hint: str = "") -> Unsupported:
+    """The error for a descriptor that cannot be dumped, in the one form all use."""
+    return Unsupported(f"fd {source.fd} ({source.link}): {why}", hint=hint)
+
+
+def is_gone(error: OSError) -> bool:
+    """Did this fail because the task is gone?"""
+    return error.errno in (errno.ESRCH, errno.ENOENT)

@@ -1,0 +1,55 @@
+"""eventfd(2): a counter behind a file descriptor.
+
+Image: file_entry.efd (eventfd_file_entry). Kernel: fs/eventfd.c.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ...images import schema as pb
+from ...proc import fdinfo_kinds
+from ..base import FileResource, unsupported
+from ..fown import set_flags
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ...images.schema import Message
+    from ..base import BuildContext, DumpContext, SourceFile
+
+_FULL = (1 << 64) - 1
+
+
+class Eventfd(FileResource):
+    """A 64-bit counter; EFD_SEMAPHORE makes a read take one instead of all."""
+
+    FD_TYPE, FIELD = 6, "efd"
+    LINKS = ("anon_inode:[eventfd]",)
+
+    def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
+        seen = fdinfo_kinds.eventfd(source.fdinfo)
+        if seen.counter == _FULL:
+            # Only the kernel itself (aio, vhost, …) can add to a counter until it overflows.
+            raise unsupported(source, "its counter has overflowed, which no program can bring about")
+        entry = pb.eventfd_file_entry(
+            id=source.id, flags=source.flags, fown=ctx.fown(source), counter=seen.counter
+        )
+        if seen.semaphore:
+            entry.semaphore = True  # CRIU's image cannot say it
+        return entry
+
+    def restore(self, entry: Message, ctx: BuildContext) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | (os.EFD_SEMAPHORE if entry.semaphore else 0))
+        try:
+            set_flags(fd, entry.flags | os.O_NONBLOCK)
+            if entry.counter:
+                # eventfd2(2) takes an unsigned int, but the counter holds 64 bits.
+                os.eventfd_write(fd, entry.counter)
+            set_flags(fd, entry.flags)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+RESOURCE = Eventfd()

@@ -1,0 +1,100 @@
+"""timerfd_create(2): a timer behind a file descriptor.
+
+Image: file_entry.tfd (timerfd_entry); the value is the time left, for absolute timers too. Kernel: fs/timerfd.c.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+
+from ...errors import ImageError
+from ...images import schema as pb
+from ...linux.call import buffer, call
+from ...proc import fdinfo, fdinfo_kinds
+from ...proc.read import read
+from ..base import FileResource
+from ..fown import set_flags
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ...images.schema import Message
+    from ...remote.program import Program
+    from ..base import BuildContext, DumpContext, SourceFile
+
+TFD_TIMER_ABSTIME = 1
+TFD_IOC_SET_TICKS = 0x40085400  # _IOW('T', 0, u64), include/uapi/linux/timerfd.h
+CLOCK_REALTIME_ALARM, CLOCK_BOOTTIME_ALARM = 8, 9
+#: Alarm clocks show the time of the clock that they are an alarm for.
+_SHOWN_BY = {CLOCK_REALTIME_ALARM: time.CLOCK_REALTIME, CLOCK_BOOTTIME_ALARM: time.CLOCK_BOOTTIME}
+_NS = 1_000_000_000
+
+
+class Timerfd(FileResource):
+    """A timer of a clock, what is left of it, its period, and the expirations that nobody has read yet."""
+
+    FD_TYPE, FIELD = 17, "tfd"
+    LINKS = ("anon_inode:[timerfd]",)
+
+    def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
+        fd = source.borrow()
+        value = _bring_up_to_date(fd)
+        seen = fdinfo_kinds.timerfd(fdinfo.parse(read(os.getpid(), f"fdinfo/{fd}")))
+        if seen.it_value != (0, 0):
+            value = seen.it_value
+        return pb.timerfd_entry(
+            id=source.id, flags=source.flags, fown=ctx.fown(source),
+            clockid=seen.clockid, ticks=seen.ticks, settime_flags=seen.settime_flags,
+            vsec=value[0], vnsec=value[1], isec=seen.it_interval[0], insec=seen.it_interval[1],
+        )  # fmt: skip
+
+    def restore(self, entry: Message, ctx: BuildContext) -> int:
+        fd = call("timerfd_create", entry.clockid, os.O_CLOEXEC)
+        try:
+            set_flags(fd, entry.flags)
+            # ECANCELED (the clock was set in this very moment): the timer runs all the same.
+            call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), None)
+            if entry.ticks:
+                fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("=Q", entry.ticks))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def settle(self, entry: Message, fd: int, program: Program, ctx: BuildContext) -> None:
+        # The time that the restore takes is not to count. An absolute timer goes by its clock, which does not wait.
+        if entry.settime_flags & TFD_TIMER_ABSTIME or not (entry.vsec or entry.vnsec):
+            return
+        program.call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), 0, why="timerfd starts")
+        if entry.ticks:
+            ticks = struct.pack("=Q", entry.ticks)
+            program.call("ioctl", fd, TFD_IOC_SET_TICKS, ticks, why="expirations not read yet")
+
+
+def _bring_up_to_date(fd: int) -> tuple[int, int]:
+    """Count the expirations of a periodic timer and start it again, as a read(2) would; gives what is left.
+
+    Once it has expired, a periodic timer stands still until somebody asks, and fdinfo does not: it shows one expiration
+    and no time left, which is how a timer looks that was switched off.
+    """
+    spec = buffer(32)
+    call("timerfd_gettime", fd, spec)
+    _, _, seconds, nanoseconds = struct.unpack("=4q", spec.raw)
+    return seconds, nanoseconds
+
+
+def _itimerspec(entry: Message) -> bytes:
+    """struct itimerspec: the interval, then the value, from now on or of the clock."""
+    words = (entry.isec, entry.insec, entry.vsec, entry.vnsec)
+    if max(words) >> 63:
+        raise ImageError("files.img", f"file {entry.id}: tfd", "a time beyond all clocks")
+    if not entry.settime_flags & TFD_TIMER_ABSTIME or not (entry.vsec or entry.vnsec):
+        return struct.pack("=4q", *words)
+    now = time.clock_gettime_ns(_SHOWN_BY.get(entry.clockid, entry.clockid))
+    seconds, nanoseconds = divmod(now + entry.vsec * _NS + entry.vnsec, _NS)
+    return struct.pack("=4q", entry.isec, entry.insec, min(seconds, (1 << 63) - 1), nanoseconds)
+
+
+RESOURCE = Timerfd()

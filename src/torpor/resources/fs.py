@@ -1,0 +1,52 @@
+"""Root directory, working directory and umask of a process. Image: fs-PID.img (fs_entry). Kernel:
+fs/fs_struct.c"""
+
+from __future__ import annotations
+
+import os
+
+from ..images import schema as pb
+from .files import regular
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..images.schema import Message
+    from ..remote.program import Program
+    from .base import BuildContext, DumpContext
+
+
+def dump(ctx: DumpContext, task: Any) -> Message:
+    """The fs_entry of a SourceTask."""
+    entry = pb.fs_entry(umask=task.status.Umask)
+    entry.cwd_id = regular.file_id_for(ctx, task.pid, f"/proc/{task.pid}/cwd")
+    entry.root_id = regular.file_id_for(ctx, task.pid, f"/proc/{task.pid}/root")
+    return entry
+
+
+def prepare(entry: Message, ctx: BuildContext) -> None:
+    """Open the directories in the builder, which the tasks inherit."""
+    for file_id in (entry.root_id, entry.cwd_id):
+        ctx.once(("directory", file_id), lambda file_id=file_id: _open(ctx, file_id))  # type: ignore[misc]
+
+
+def _open(ctx: BuildContext, file_id: int) -> int:
+    return ctx.keep(regular.open_file(ctx, file_id, os.O_RDONLY | os.O_DIRECTORY))
+
+
+def emit(entry: Message, program: Program, ctx: BuildContext) -> None:
+    """Emit the calls that give a process its directories and umask, from descriptors that
+    ``prepare`` opened.
+
+    They need CAP_SYS_CHROOT where the root is another one than the builder's, and the descriptors
+    still open.
+    """
+    root, cwd = ctx.memo["directory", entry.root_id], ctx.memo["directory", entry.cwd_id]
+    here, wanted = os.stat("/"), os.fstat(root)
+    if (here.st_dev, here.st_ino) != (wanted.st_dev, wanted.st_ino):
+        program.call("fchdir", root, why="root directory")
+        program.call("chroot", b".\0")
+    program.call("fchdir", cwd, why="working directory")
+    if entry.HasField("umask"):
+        program.call("umask", entry.umask)

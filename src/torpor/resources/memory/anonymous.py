@@ -1,0 +1,62 @@
+"""Private anonymous memory: the heap, stacks, plain and named maps, hugetlb, droppable.
+
+Image: vma_entry with ANON_PRIVATE; the name given by PR_SET_VMA_ANON_NAME in our field ``anon_name``.
+Kernel: mm/mmap.c, mm/madvise.c
+"""
+
+from __future__ import annotations
+
+from ...proc import maps
+from ..base import (
+    MAP_ANONYMOUS,
+    MAP_DROPPABLE,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    VMA_ANON_PRIVATE,
+    VMA_HEAP,
+    VMA_REGULAR,
+    VMA_VDSO,
+    VMA_VVAR,
+    MappingResource,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ...images.schema import Message
+    from ...remote.program import Program
+    from ..base import BuildContext, DumpContext
+
+PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
+
+
+class Anonymous(MappingResource):
+    """Memory of one task that no file stands behind."""
+
+    KINDS = (maps.ANON, maps.HEAP, maps.STACK, maps.NAMED, maps.HUGEPAGE)
+
+    def claims(self, mapping: Any) -> bool:
+        return bool(mapping.vma.flags & MAP_PRIVATE) or "dp" in mapping.flags
+
+    def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
+        entry.status = VMA_REGULAR | VMA_ANON_PRIVATE
+        if mapping.vma.kind == maps.HEAP:
+            entry.status |= VMA_HEAP
+        entry.flags |= MAP_ANONYMOUS
+        entry.pgoff = 0
+        if "dp" in mapping.flags:
+            entry.flags = entry.flags & ~MAP_PRIVATE | MAP_DROPPABLE
+        if mapping.vma.kind == maps.NAMED:
+            entry.anon_name = mapping.vma.name
+
+    def restores(self, entry: Message) -> bool:
+        special = VMA_VDSO | VMA_VVAR
+        return bool(entry.status & VMA_ANON_PRIVATE) and not entry.status & special
+
+    def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
+        length = entry.end - entry.start
+        program.call("mmap", entry.start, length, prot, entry.flags | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
+
+
+RESOURCE = Anonymous()

@@ -1,0 +1,87 @@
+"""Attributes of a process that are set through its files in /proc, from outside: fs/proc/base.c.
+
+Image: task_core_entry.oom_score_adj, loginuid; coredump_filter is ours.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ... import log
+from ...proc.read import open_file, read
+from ...proc.scalars import (
+    LOGINUID_UNSET,
+    parse_coredump_filter,
+    parse_loginuid,
+    parse_oom_score_adj,
+)
+from ..base import TaskResource
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ...images.schema import Message
+    from ...remote.program import Program
+    from ..base import BuildContext, DumpContext
+
+COREDUMP_FILTER_DEFAULT = 0x33
+
+
+class ProcFiles(TaskResource):
+    """OOM score adjustment, login uid, what a core file contains."""
+
+    def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
+        pid = thread.task.pid
+        core.tc.oom_score_adj = parse_oom_score_adj(read(pid, "oom_score_adj"))
+        loginuid = _read_if_there(pid, "loginuid")  # without CONFIG_AUDIT there is none
+        if loginuid is not None:
+            number = parse_loginuid(loginuid)
+            core.tc.loginuid = LOGINUID_UNSET if number is None else number
+        chosen = _read_if_there(pid, "coredump_filter")
+        if chosen is not None and parse_coredump_filter(chosen) != COREDUMP_FILTER_DEFAULT:
+            core.tc.coredump_filter = parse_coredump_filter(chosen)
+
+    def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
+        pass
+
+    def outside(self, task: Any, core: Message, ctx: BuildContext) -> None:
+        """Write the files of the restored task; one that we may not write stays, with a warning."""
+        if core.tc.HasField("oom_score_adj"):
+            _write(task.live_pid, "oom_score_adj", core.tc.oom_score_adj, parse_oom_score_adj)
+        wanted = core.tc.coredump_filter or COREDUMP_FILTER_DEFAULT
+        _write(task.live_pid, "coredump_filter", wanted, parse_coredump_filter)
+        if core.tc.HasField("loginuid"):
+            wanted = core.tc.loginuid
+            # Only a task itself may do that, and mostly once (audit_loginuid_immutable): it has
+            # ours then.
+            _write(
+                task.pid, "loginuid", None if wanted == LOGINUID_UNSET else wanted, parse_loginuid
+            )
+
+
+def _read_if_there(pid: int, name: str) -> bytes | None:
+    try:
+        return read(pid, name)
+    except FileNotFoundError:
+        return None
+
+
+def _write(pid: int, name: str, value: int | None, parse: Any) -> None:
+    present = _read_if_there(pid, name)
+    if present is None or parse(present) == value:
+        return
+    text = b"%d" % (LOGINUID_UNSET if value is None else value)
+    try:
+        fd = open_file(pid, name, os.O_WRONLY)
+        try:
+            os.write(fd, text)
+        finally:
+            os.close(fd)
+    except PermissionError as error:
+        log.warning(
+            f"task {pid}: {name} stays {parse(present)}, {value} was wanted: {error.strerror}"
+        )
+
+
+RESOURCE = ProcFiles()

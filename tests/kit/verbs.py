@@ -1,0 +1,164 @@
+"""Running Torpor, as a library in this process and as a command in another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from .files import slurp_text
+from .observe import assert_same, observe_tree
+from .target import Target
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SOURCES = os.path.join(ROOT, "src")
+
+
+class CommandResult:
+    """How a command ended: ``status``, what it printed (``output``) and what it logged (``log``)."""
+
+    def __init__(self, argv: list[str], status: int, output: str, log: str) -> None:
+        self.argv, self.status, self.output, self.log = argv, status, output, log
+
+    def __repr__(self) -> str:
+        lines = self.log.splitlines()
+        errors = [line for line in lines if "Error" in line or "Traceback" in line]
+        shown = "\n".join([*errors, "…", *lines[-12:]])
+        return f"{' '.join(self.argv)}: status {self.status}\n{self.output}\n{shown}"
+
+    def must(self) -> CommandResult:
+        assert self.status == 0, repr(self)
+        return self
+
+
+def run_torpor(*args: object, timeout: float = 60, cwd: str | None = None) -> CommandResult:
+    """Run ``torpor ARGS…`` and wait for it."""
+    return _run([sys.executable, "-m", "torpor", *map(str, args)], timeout, cwd)
+
+
+def _run(argv: list[str], timeout: float, cwd: str | None = None) -> CommandResult:
+    env = {**os.environ, "PYTHONPATH": SOURCES}
+    done = subprocess.run(
+        argv, env=env, cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    return CommandResult(argv[1:], done.returncode, done.stdout, "")
+
+
+def run_criu(
+    verb: str, images: object, *args: object, timeout: float = 60, program: str = ""
+) -> CommandResult:
+    """Run ``torpor criu VERB`` on an images folder, with its log at the highest level.
+
+    ``program`` is another command that understands the same arguments.
+    """
+    log = f"{verb}.log"
+    argv = [program] if program else [sys.executable, "-m", "torpor", "criu"]
+    common = ["--no-default-config", "-D", str(images), "-o", log, "-v4"]
+    result = _run([*argv, verb, *common, *map(str, args)], timeout)
+    path = os.path.join(str(images), log)
+    if os.path.exists(path):
+        result.log = slurp_text(path)
+    return result
+
+
+def _flags(options: dict[str, object]) -> list[str]:
+    """``leave_running=True`` is ``--leave-running``, ``ghost_limit=5`` is ``--ghost-limit 5``."""
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, list | tuple):
+            flags += [word for each in value for word in (flag, str(each))]
+        elif value not in (False, None):
+            flags += [flag, str(value)]
+    return flags
+
+
+class Verbs:
+    """Dump and restore in one of the ways that users have; options have the names of the RPC."""
+
+    name = ""
+
+    def dump(self, pid: int, images: object, **options: object) -> None:
+        raise NotImplementedError
+
+    def restore(self, images: object, **options: object) -> int:
+        """Restore and give the root's pid."""
+        raise NotImplementedError
+
+
+class Untouched(Verbs):
+    """No dump and no restore: a test program must be content with itself when nothing happens."""
+
+    name = "untouched"
+
+    def dump(self, pid: int, images: object, **options: object) -> None:
+        pass
+
+    def restore(self, images: object, **options: object) -> int:
+        return 0
+
+
+class Library(Verbs):
+    """In this process, as a caller that stays warm does it."""
+
+    name = "library"
+
+    def dump(self, pid: int, images: object, **options: object) -> None:
+        import torpor
+
+        torpor.dump(pid, str(images), **options)  # type: ignore[attr-defined]
+
+    def restore(self, images: object, **options: object) -> int:
+        import torpor
+
+        return int(torpor.restore(str(images), **options).pid)  # type: ignore[attr-defined]
+
+
+class Command(Verbs):
+    """As `criu` is used: one process a verb, and it must end with status 0."""
+
+    name = "command"
+    program = ""
+
+    def dump(self, pid: int, images: object, **options: object) -> None:
+        run_criu("dump", images, "-t", pid, *_flags(options), program=self.program).must()
+
+    def restore(self, images: object, **options: object) -> int:
+        pidfile = os.path.join(str(images), "restored.pid")
+        args = ["-d", "--pidfile", pidfile, *_flags(options)]
+        run_criu("restore", images, *args, program=self.program).must()
+        return int(slurp_text(pidfile))
+
+
+class Peer(Command):
+    """Another program with CRIU's command line, such as CRIU."""
+
+    name = "criu"
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+
+
+def round_trip(
+    verbs: Verbs, target: Target, images: object, *, ignore: tuple[str, ...] = (),
+    dump: dict[str, object] | None = None, restore: dict[str, object] | None = None,
+    compare: bool = True,
+) -> None:  # fmt: skip
+    """Dump the target, see that it is gone, restore it, and see that nothing about it has changed.
+
+    ``dump`` and ``restore`` are the options of each; ``ignore`` holds patterns of what may differ.
+    """
+    target.pids()
+    before = observe_tree(target.pid)
+    if verbs.name == "untouched":
+        assert_same(before, observe_tree(target.pid), ignore if compare else ("*",))
+        return
+    verbs.dump(target.pid, images, **(dump or {}))
+    target.wait_gone()
+    assert verbs.restore(images, **(restore or {})) == target.pid
+    assert target.alive(), "restored, and dead"
+    if compare:
+        assert_same(before, observe_tree(target.pid), ignore)

@@ -1,0 +1,316 @@
+"""Attributes of processes and threads: prctl(2), personality, scheduling, limits, files of /proc."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import struct
+from types import SimpleNamespace
+
+import pytest
+from forked import build_context, child, dump, prctl, proc_status, proc_text, restore, syscall
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torpor.errors import ImageError, Unsupported
+from torpor.images import schema as pb
+from torpor.resources.task import (
+    mdwe,
+    personality,
+    proc_files,
+    process_prctls,
+    rlimits,
+    sched,
+    syscall_dispatch,
+    thp,
+    thread_prctls,
+)
+
+slow = settings(max_examples=15, deadline=None)
+REGISTER = {2: "global", 4: "private", 6: "sync core", 8: "rseq"}  # bits of membarrier commands
+
+
+@given(st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name))
+@slow
+def test_a_name_of_any_bytes(name: bytes) -> None:
+    with child(lambda: prctl(15, name + b"\0")) as pid:
+        first = dump(pid, thread_prctls.RESOURCE).core
+    with child(lambda: restore(first, thread_prctls.RESOURCE)) as pid:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            assert file.read() == name + b"\n"
+        assert dump(pid, thread_prctls.RESOURCE).core == first
+
+
+@given(
+    st.sampled_from([1, 50_000, 123_456_789, 10**12]),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([1, 2]),
+)
+@slow
+def test_thread_attributes(slack: int, mce: int, tsc: int) -> None:
+    def setup() -> None:
+        prctl(29, slack)
+        prctl(33, 1, mce)
+        prctl(26, tsc)
+
+    with child(setup) as pid:
+        first = dump(pid, thread_prctls.RESOURCE).core
+    own = first.thread_core
+    assert (own.timerslack_ns, own.tsc_mode) == (slack, 0 if tsc == 1 else tsc)
+    assert own.HasField("mce_kill") == (mce != 2)
+
+    def observe() -> None:
+        restore(first, thread_prctls.RESOURCE)
+        out = ctypes.c_int()
+        prctl(25, ctypes.byref(out))
+        assert (prctl(30), prctl(34), out.value) == (slack, mce, tsc)
+
+    with child(observe) as pid:
+        assert int(proc_text(pid, "timerslack_ns")) == slack
+
+
+def test_an_io_flusher_is_refused_without_the_capability() -> None:
+    core = pb.core_entry()
+    core.thread_core.io_flusher = True
+    with pytest.raises(Unsupported, match="CAP_SYS_RESOURCE"):
+        thread_prctls.RESOURCE.check(core, build_context())
+
+
+@given(st.booleans(), st.sets(st.sampled_from(sorted(REGISTER))))
+@slow
+def test_process_attributes(subreaper: bool, registered: set[int]) -> None:
+    def setup() -> None:
+        prctl(36, int(subreaper))
+        for bit in registered:
+            syscall(324, 1 << bit, 0, 0)
+
+    with child(setup) as pid:
+        first = dump(pid, process_prctls.RESOURCE).core
+    assert first.tc.child_subreaper == subreaper
+    mask = sum(1 << bit for bit in registered)
+    assert first.tc.membarrier_registration_mask & mask == mask
+
+    def observe() -> None:
+        prctl(36, 1)
+        restore(first, process_prctls.RESOURCE)
+        assert syscall(324, 1 << 9, 0, 0) == first.tc.membarrier_registration_mask
+
+    with child(observe) as pid:
+        assert dump(pid, process_prctls.RESOURCE).core == first
+
+
+@pytest.mark.parametrize("value", [0, 1, 3])
+def test_mdwe(value: int) -> None:
+    with child(lambda: prctl(65, value) if value else None) as pid:
+        first = dump(pid, mdwe.RESOURCE).core
+    assert first.tc.mdwe == value
+
+    def observe() -> None:
+        restore(first, mdwe.RESOURCE)
+        assert prctl(66) == value
+
+    with child(observe):
+        pass
+
+
+@pytest.mark.parametrize(("disabled", "flags"), [(0, 0), (1, 0), (1, 2)])
+def test_huge_pages(disabled: int, flags: int) -> None:
+    with child(lambda: prctl(41, disabled, flags)) as pid:
+        first = dump(pid, thp.RESOURCE)
+    assert first.task.answers["thp_disabled"] is bool(disabled)
+
+    def observe() -> None:
+        prctl(41, 1 - disabled, 0)  # as it might have been inherited
+        restore(first.core, thp.RESOURCE, mm=pb.mm_entry(thp_disabled=bool(disabled)))
+        assert prctl(42) == disabled | flags
+
+    with child(observe):
+        pass
+
+
+@pytest.mark.parametrize("value", [0, 0x0040000, 0x0400000 | 0x8000000])
+def test_personality(value: int) -> None:
+    with child(lambda: syscall(135, value)) as pid:
+        first = dump(pid, personality.RESOURCE).core
+    with child(lambda: restore(first, personality.RESOURCE)) as pid:
+        assert int(proc_text(pid, "personality"), 16) == value
+
+
+def test_syscall_user_dispatch_is_refused() -> None:
+    selector = bytes(8)
+
+    def setup() -> None:
+        keep.append(ctypes.create_string_buffer(selector))  # 0: nothing is dispatched
+        prctl(59, 1, 0, 0, ctypes.addressof(keep[0]))
+
+    keep: list[object] = []
+    with child(setup) as pid, pytest.raises(Unsupported, match="syscall user dispatch"):
+        dump(pid, syscall_dispatch.RESOURCE)
+
+
+# ---------------------------------------------------------------------------------- scheduling
+
+
+@pytest.mark.parametrize(
+    ("policy", "priority", "nice", "reset"),
+    [
+        (os.SCHED_OTHER, 0, 0, False),
+        (os.SCHED_OTHER, 0, -20, False),
+        (os.SCHED_OTHER, 0, 19, True),
+        (os.SCHED_BATCH, 0, 5, False),
+        (os.SCHED_IDLE, 0, 3, True),
+        (os.SCHED_FIFO, 1, -7, False),
+        (os.SCHED_RR, 50, 4, True),
+    ],
+)
+def test_policy_and_nice(policy: int, priority: int, nice: int, reset: bool) -> None:
+    wanted = policy | (os.SCHED_RESET_ON_FORK if reset else 0)
+
+    def setup() -> None:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+        os.sched_setscheduler(0, wanted, os.sched_param(priority))
+
+    with child(setup) as pid:
+        first = dump(pid, sched.RESOURCE).core
+    assert first.thread_core.sched_policy == wanted
+    assert first.thread_core.sched_nice == nice
+    with child(lambda: restore(first, sched.RESOURCE)) as pid:
+        assert os.sched_getscheduler(pid) == wanted
+        assert os.sched_getparam(pid).sched_priority == priority
+        assert os.getpriority(os.PRIO_PROCESS, pid) == nice
+        assert dump(pid, sched.RESOURCE).core == first
+
+
+def test_deadline() -> None:
+    attr = struct.pack("<IIQiIQQQ", 48, 6, 1, 0, 0, 1_000_000, 50_000_000, 100_000_000)
+    with child(lambda: syscall(314, 0, attr, 0)) as pid:
+        first = dump(pid, sched.RESOURCE).core
+    assert first.thread_core.sched_attr.deadline == 50_000_000
+    with child(lambda: restore(first, sched.RESOURCE)) as pid:
+        assert os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK == 6
+        assert dump(pid, sched.RESOURCE).core == first
+    first.thread_core.ClearField("sched_attr")
+    with child(lambda: restore(first, sched.RESOURCE)) as pid:
+        assert os.sched_getscheduler(pid) == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize("allowed", [{0}, {1}, {0, 1}])
+def test_affinity(allowed: set[int]) -> None:
+    with child(lambda: os.sched_setaffinity(0, allowed)) as pid:
+        first = dump(pid, sched.RESOURCE).core
+    assert first.thread_core.HasField("affinity") == (len(allowed) < os.cpu_count())
+    with child(lambda: restore(first, sched.RESOURCE)) as pid:
+        assert os.sched_getaffinity(pid) == allowed
+
+
+def test_processors_that_are_not_here() -> None:
+    core = pb.core_entry()
+    core.thread_core.affinity = b"\0\0\0\0\0\0\0\x80"
+    with child(lambda: restore(core, sched.RESOURCE)) as pid:
+        assert len(os.sched_getaffinity(pid)) == os.cpu_count()
+
+
+@pytest.mark.parametrize("io", [0, 1 << 13 | 4, 2 << 13 | 7, 3 << 13])
+def test_io_priority(io: int) -> None:
+    with child(lambda: syscall(251, 1, 0, io)) as pid:
+        first = dump(pid, sched.RESOURCE).core
+    with child(lambda: restore(first, sched.RESOURCE)) as pid:
+        assert syscall(252, 1, pid) == io
+
+
+# -------------------------------------------------------------------------------------- limits
+
+HARD = [resource.prlimit(0, number)[1] for number in range(16)]
+
+
+@given(st.data())
+@slow
+def test_limits(data: st.DataObject) -> None:
+    wanted = {}
+    for number in (0, 1, 4, 6, 7, 8, 11, 12, 13, 14):
+        top = 2**63 - 1 if HARD[number] == -1 else HARD[number]
+        low = 1000 if number in (0, 7) else 0
+        hard = data.draw(st.one_of(st.just(HARD[number]), st.integers(min(low, top), top)))
+        soft = data.draw(st.integers(min(low, top), top if hard == -1 else hard))
+        wanted[number] = (soft, hard)
+
+    def setup() -> None:
+        for number, limit in wanted.items():
+            resource.prlimit(0, number, limit)
+
+    with child(setup) as pid:
+        before = proc_text(pid, "limits")
+        first = dump(pid, rlimits.RESOURCE).core
+    assert len(first.tc.rlimits.rlimits) == 16
+    for number, (soft, hard) in wanted.items():
+        entry = first.tc.rlimits.rlimits[number]
+        assert (entry.cur, entry.max) == (soft % 2**64, hard % 2**64)
+    with child(lambda: restore(first, rlimits.RESOURCE)) as pid:
+        assert proc_text(pid, "limits") == before
+
+
+def test_a_hard_limit_above_ours_is_refused() -> None:
+    with child() as pid:
+        core = dump(pid, rlimits.RESOURCE).core
+    ctx = build_context()
+    rlimits.RESOURCE.check(core, ctx)
+    own = dict(enumerate((entry.cur, entry.max) for entry in core.tc.rlimits.rlimits))
+    ctx.memo["own", "limits"] = {**own, 7: (100, 100)}
+    with pytest.raises(Unsupported, match="RLIMIT_NOFILE .* is above our own hard limit 100"):
+        rlimits.RESOURCE.check(core, ctx)
+    ctx.memo["own", "status"] = SimpleNamespace(CapEff=1 << 24)
+    rlimits.RESOURCE.check(core, ctx)
+    core.tc.rlimits.rlimits[3].max = core.tc.rlimits.rlimits[3].cur - 1
+    with pytest.raises(ImageError, match="RLIMIT|STACK"):
+        rlimits.RESOURCE.check(core, ctx)
+
+
+# --------------------------------------------------------------------------------- /proc files
+
+
+def write(name: str, value: int) -> None:
+    fd = os.open(f"/proc/self/{name}", os.O_WRONLY)
+    os.write(fd, b"%d" % value)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(("score", "core_filter"), [(0, 0x33), (700, 0x7F), (1000, 1)])
+def test_files_written_from_outside(score: int, core_filter: int) -> None:
+    def setup() -> None:
+        write("oom_score_adj", score)
+        write("coredump_filter", core_filter)
+
+    with child(setup) as pid:
+        first = dump(pid, proc_files.RESOURCE).core
+    assert first.tc.oom_score_adj == score
+    assert first.tc.HasField("coredump_filter") == (core_filter != 0x33)
+    with child() as pid:
+        task = SimpleNamespace(pid=1, live_pid=pid)
+        proc_files.RESOURCE.outside(task, first, build_context())
+        assert int(proc_text(pid, "oom_score_adj")) == score
+        assert int(proc_text(pid, "coredump_filter"), 16) == core_filter
+        assert dump(pid, proc_files.RESOURCE).core == first
+
+
+def test_what_may_not_be_written_stays() -> None:
+    core = pb.core_entry()
+    core.tc.oom_score_adj = -1000  # takes CAP_SYS_RESOURCE
+    core.tc.loginuid = 12345  # only a task itself can
+    with child() as pid:
+        before = proc_text(pid, "oom_score_adj"), proc_text(pid, "loginuid")
+        proc_files.RESOURCE.outside(SimpleNamespace(live_pid=pid), core, build_context())
+        assert (proc_text(pid, "oom_score_adj"), proc_text(pid, "loginuid")) == before
+
+
+def test_no_capability_in_a_namespace_counts_for_the_kernel_as_a_whole() -> None:
+    # The premise of the refusals above, on this machine: our hard limits cannot be raised.
+    if int(proc_status(os.getpid(), "CapEff"), 16) >> 24 & 1:
+        return
+    with child() as pid, pytest.raises(PermissionError):
+        os.close(os.open(f"/proc/{pid}/oom_score_adj", os.O_RDONLY))
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY)
+        try:
+            os.write(fd, b"-1000")
+        finally:
+            os.close(fd)
