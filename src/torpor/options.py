@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 # What the grammar accepts and the engine does not do yet. Asking for one of these is an error that
-# says so; nothing is ignored in silence. Whoever implements one deletes its name here, and nowhere
+# says so; nothing that changes the result is ignored in silence. An option may be missing in one
+# verb alone ("restore leave_stopped"). Whoever implements one deletes its name here, and nowhere
 # else.
 VERBS_NOT_YET = frozenset((
     "pre-dump", "page-server", "lazy-pages", "dedup", "service", "swrk", "cpuinfo dump",
     "cpuinfo check",
 ))  # fmt: skip
 OPTIONS_NOT_YET = frozenset((
-    "auto_dedup", "lazy_pages", "page_server", "prev_images_dir", "stream", "tls", "track_mem",
+    "action_script", "auto_dedup", "cgroup_dump_controller", "cgroup_props", "cgroup_props_file",
+    "cgroup_root", "cgroup_yard", "empty_ns", "freeze_cgroup", "join_ns", "lazy_pages",
+    "lsm_mount_context", "lsm_profile", "page_server", "prev_images_dir", "restore leave_stopped",
+    "stream", "tls", "track_mem",
 ))  # fmt: skip
 
 # Bits of cpu_cap, as in RPC field 20.
@@ -124,7 +128,7 @@ class Options:
     pre_dump_mode = "splice"  # or "read"
     lazy_pages = False
     stream = False
-    share_pages = True  # ours: restored memory maps the pages file until it is written to
+    share_pages = True  # ours: store pages that tasks share copy-on-write once; CRIU cannot read that
     # servers
     page_server = False
     address = ""
@@ -222,9 +226,10 @@ class Options:
 
     def validate(self, verb: str) -> None:
         """Do these options go together, and with this verb? Raises UsageError for what does not."""
-        for name in self.changed():
-            if name in OPTIONS_NOT_YET and verb in ("dump", "pre-dump", "restore"):
-                raise UsageError(f"--{name.replace('_', '-')} is not implemented yet")
+        for name, value in self.changed().items():
+            missing = name in OPTIONS_NOT_YET or f"{verb} {name}" in OPTIONS_NOT_YET
+            if missing and value and verb in ("dump", "pre-dump", "restore"):
+                raise UsageError(f"{verb} --{name.replace('_', '-')} is not implemented yet")
         if self.restore_sibling and not self.restore_detached:
             raise UsageError("--restore-sibling only makes sense together with --restore-detached")
         if self.mntns_compat_mode and verb != "restore":
@@ -372,7 +377,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
         _O("join-ns", "J", "NS:PID|FILE[,UID,GID]", "join_ns", "join_ns", "join_ns", _R,
            "restore into a namespace that exists"),
         _O("empty-ns", "", "net", "empty_ns", "empty_ns", "empty_ns", _DR,
-           "make this namespace but leave it empty, for a script to fill"),
+           "make this namespace, but leave it to a script to fill it"),
         _O("skip-mnt", "", "DIR", "skip_mnt", "append", "skip_mnt", _DR,
            "leave out what is mounted here"),
         _O("enable-fs", "", "NAME,...|all", "enable_fs", "names", "enable_fs", _DR,
@@ -411,8 +416,8 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
            "accept a mapping left behind by uprobes"),
     )),
     ("Memory", (
-        _O("share-pages", "", "", "share_pages", "switch", "", _R,
-           "map the images until memory is written to (default)"),
+        _O("share-pages", "", "", "share_pages", "switch", "", _D,
+           "store pages that tasks share once (default; CRIU needs --no-share-pages)"),
         _O("track-mem", "", "", "track_mem", "switch", "track_mem", _D,
            "watch which pages change, for the next dump"),
         _O("prev-images-dir", "", "DIR", "prev_images_dir", "text", "parent_img", _D,
@@ -483,8 +488,8 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
            "accepted; there is one log"),
         _O("display-stats", "", "", "display_stats", "switch", "display_stats", _DR,
            "print the statistics at the end"),
-        _O("explain", "", "", "explain", "switch", "", _DR,
-           "show the system calls that the tasks are made to do"),
+        _O("explain", "", "", "explain", "switch", "", _R,
+           "print the system calls that each task would do, and do nothing"),
         _O("json", "", "", "json", "switch", "", "dump restore check",
            "print the result as JSON"),
     )),

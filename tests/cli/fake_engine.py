@@ -1,8 +1,9 @@
-"""A command with an engine that only says what it was asked: ``fake_engine.py criu|torpor WORD...``.
+"""A command around a pretended engine: ``fake_engine.py criu|torpor WORD...``.
 
-It tells how the command line behaves around the engine without the engine. What the engine does is
-in $FAKE: nothing (it succeeds), ``unsupported``, ``blockers``, ``oserror``, ``bug``, ``wait`` (until
-interrupted), or for a restore ``exit N`` and ``die N``, the end of the process that it starts.
+The engine only says what it was asked. It tells how the command line behaves around the engine without the engine. What the engine does is
+in $FAKE: nothing (it succeeds), ``unsupported``, ``blockers``, ``oserror``, ``bug``, ``wait``
+(until interrupted), or for a restore ``exit N`` and ``die N``, the end of the process that it
+starts.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def behave(verb: str) -> None:
     if HOW == "bug":
         raise ZeroDivisionError("of the engine")
     if HOW == "wait":
-        said("waiting")
         try:
+            said("waiting")
             time.sleep(30)
         finally:
             said("taken back")

@@ -1,4 +1,4 @@
-"""Configuration files: the statements of CRIU's own test, the order of the files, what is refused."""
+"""Configuration files: how a line is read, in which order the files are, what is refused."""
 
 from __future__ import annotations
 

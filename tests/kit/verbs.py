@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -95,7 +96,8 @@ class Untouched(Verbs):
     name = "untouched"
 
     def dump(self, pid: int, images: object, **options: object) -> None:
-        pass
+        if options.get("leave_stopped"):
+            os.kill(pid, signal.SIGSTOP)
 
     def restore(self, images: object, **options: object) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""The lines that fs/proc/fd.c and the kernel's own kinds of files write, as recorded and as printed here."""
+"""The lines of fs/proc/fd.c and of the kernel's own kinds of files, recorded or printed here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_a_kernel_that_does_not_tell_the_inode() -> None:
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**32 - 1), U32, U64)
 def test_common_lines_as_printed(pos: int, flags: int, mnt_id: int, ino: int) -> None:
-    info = fdinfo.parse(b"pos:\t%d\nflags:\t0%o\nmnt_id:\t%d\nino:\t%d\n" % (pos, flags, mnt_id, ino))
+    info = fdinfo.parse(
+        b"pos:\t%d\nflags:\t0%o\nmnt_id:\t%d\nino:\t%d\n" % (pos, flags, mnt_id, ino)
+    )
     assert (info.pos, info.flags, info.mnt_id, info.ino) == (pos, flags, mnt_id, ino)
 
 
@@ -178,7 +180,8 @@ def show(handle: watches.FileHandle | None) -> bytes:
 @given(st.lists(st.builds(watches.InotifyWatch, U32, U64, U32, U32, HANDLES)))
 def test_inotify(expected: list[watches.InotifyWatch]) -> None:
     text = b"".join(
-        b"inotify wd:%x ino:%x sdev:%x mask:%x ignored_mask:0 %s\n" % (*watch[:4], show(watch.handle))
+        b"inotify wd:%x ino:%x sdev:%x mask:%x ignored_mask:0 %s\n"
+        % (*watch[:4], show(watch.handle))
         for watch in expected
     )
     assert watches.inotify(parse(text)) == expected
@@ -238,5 +241,5 @@ def test_device() -> None:
     ],
 )
 def test_broken_lines_are_refused(parser: object, rest: bytes) -> None:
-    with pytest.raises(ValueError, match="^fdinfo of "):
+    with pytest.raises(ValueError, match=r"^fdinfo of "):
         parser(parse(rest))  # type: ignore[operator]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from torpor.linux.call import call
+from torpor.linux.call import call, try_call
 from torpor.proc import fdinfo, locks
 from torpor.proc import fdinfo_kinds as kinds
 from torpor.proc import fdinfo_watches as watches
@@ -128,15 +128,12 @@ def test_inotify(tmp_path: os.PathLike[str], keep: Keep, fdinfo_of: Look) -> Non
     watch = found[numbers[0]]
     assert (watch.ino, watch.mask) == (stat.st_ino, 0x300)
     assert watches.device(watch.sdev) == (os.major(stat.st_dev), os.minor(stat.st_dev))
-    size = struct.pack("Ii128x", 128, 0)
-    handle = ctypes.create_string_buffer(size, len(size))
-    number = ctypes.c_int()
+    handle = ctypes.create_string_buffer(struct.pack("Ii128x", 128, 0))
+    mount = ctypes.c_int()
     path = os.fsencode(tmp_path) + b"\0"
-    try:
-        call("name_to_handle_at", -100, path, handle, ctypes.byref(number), 0)
-    except OSError as error:
-        assert error.errno == errno.EOPNOTSUPP
-    else:
+    done = try_call("name_to_handle_at", -100, path, handle, ctypes.byref(mount), 0)
+    if done != -errno.EOPNOTSUPP:
+        assert done == 0
         length, kind = struct.unpack_from("Ii", handle.raw)
         assert watch.handle == (kind, handle.raw[8 : 8 + length])
 

@@ -140,7 +140,7 @@ def test_what_is_printed_is_parsed(
     ],
 )
 def test_anything_else_is_refused(text: bytes) -> None:
-    with pytest.raises(ValueError, match="^maps: cannot read"):
+    with pytest.raises(ValueError, match=r"^maps: cannot read"):
         maps.parse(text)
 
 

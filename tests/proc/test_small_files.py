@@ -1,4 +1,4 @@
-"""Files of a line or a few: cgroup, limits, timers, auxv, strings, scalars, links, sysvipc, cpuinfo."""
+"""Files of few lines: cgroup limits timers auxv strings scalars links sysvipc cpuinfo."""
 
 from __future__ import annotations
 
@@ -104,17 +104,15 @@ def test_limits_refused(spoil: bytes) -> None:
 
 
 def test_limits_live(child: Callable[..., int]) -> None:
-    numbers = range(resource.RLIM_NLIMITS if hasattr(resource, "RLIM_NLIMITS") else 16)
-
     def lower() -> None:
         for number in (0, 1, 2, 4, 5, 6, 7, 8, 10, 11, 12, 15):
-            soft, hard = resource.getrlimit(number)
+            _, hard = resource.getrlimit(number)
             low = (1 << 40) + number if hard == -1 else max(hard // 2 + number, 0)
             resource.setrlimit(number, (low, hard))
 
     pid = child(lower)
     parsed = limits.parse(read.read(pid, "limits"))
-    expected = {number: resource.prlimit(pid, number) for number in numbers}
+    expected = {number: resource.prlimit(pid, number) for number in range(16)}
     assert parsed == {
         number: (soft % 2**64, hard % 2**64) for number, (soft, hard) in expected.items()
     }
@@ -170,8 +168,8 @@ def test_timers_live() -> None:
             created.append((number.value, signo, 2**63 + notify, notify, ME, clock))
         assert sorted(timers.parse(read.read(ME, "timers"))) == sorted(created)
     finally:
-        for number, *_ in created:
-            call("timer_delete", number)
+        for timer, *_ in created:
+            call("timer_delete", timer)
     assert timers.parse(read.read(ME, "timers")) == []
 
 
@@ -186,7 +184,8 @@ def test_auxv_live() -> None:
     parsed = auxv.parse(data)
     assert parsed[6] == os.sysconf("SC_PAGESIZE")  # AT_PAGESZ
     for kind, value in parsed.items():
-        assert libc.getauxval(kind) == value, kind
+        # glibc puts a value of its own in the place of AT_HWCAP.
+        assert kind == 16 or libc.getauxval(kind) == value, kind
     assert struct.pack(f"{len(data) // 8}Q", *auxv.words(data)) == data
     assert 0 not in parsed
 
@@ -300,9 +299,9 @@ IPC_PRIVATE, IPC_CREAT, IPC_RMID = 0, 0o1000, 0
 
 def test_sysvipc_live() -> None:
     key = -0x1234567 ^ ME
-    shm = call("shmget", ctypes.c_int(key), 12345, IPC_CREAT | 0o640)
-    sem = call("semget", ctypes.c_int(key), 7, IPC_CREAT | 0o600)
-    msg = call("msgget", ctypes.c_int(key), IPC_CREAT | 0o604)
+    shm = call("shmget", key, 12345, IPC_CREAT | 0o640)
+    sem = call("semget", key, 7, IPC_CREAT | 0o600)
+    msg = call("msgget", key, IPC_CREAT | 0o604)
     try:
         call("msgsnd", msg, struct.pack("q", 5) + b"hello", 5, 0)
         [segment] = [s for s in sysvipc.parse_shm(read.read_system("sysvipc/shm")) if s.key == key]

@@ -102,6 +102,8 @@ def test_live() -> None:
     assert one.vma.end == start + 8 * PAGE
     assert {"rd", "wr", "dc"} <= one.vmflags
     assert (one.rss, one.anonymous, one.kernel_page_size) == (3 * PAGE, 3 * PAGE, PAGE)
-    assert [vma[:2] for vma in smaps.parse_flags(data)] == [one.vma[:2] for one in smaps.parse(data)]
+    assert [vma[:2] for vma in smaps.parse_flags(data)] == [
+        one.vma[:2] for one in smaps.parse(data)
+    ]
     now = {vma.start for vma in maps.parse(read.read(os.getpid(), "maps"))}
     assert start in now

@@ -72,8 +72,8 @@ def test_recorded() -> None:
     assert parsed.Kthread is False
     assert parsed.VmRSS == 1708 * 1024
     assert (parsed.CoreDumping, parsed.THP_enabled) == (False, True)
-    assert parsed.x86_Thread_features == {"shstk", "wrss"}
-    assert parsed.x86_Thread_features_locked == set()
+    assert parsed.x86_Thread_features == frozenset(("shstk", "wrss"))
+    assert parsed.x86_Thread_features_locked == frozenset()
     assert (parsed.Threads, parsed.SigQ) == (2, (3, 96365))
     assert (parsed.SigPnd, parsed.ShdPnd, parsed.SigBlk) == (1 << 8, 1 << 9, 1 << 63)
     assert (parsed.SigIgn, parsed.SigCgt) == (0x1000, 0x180014003)
@@ -101,7 +101,7 @@ def test_a_line_that_the_kernel_leaves_out() -> None:
     parsed = status.parse(old)
     assert parsed.Kthread is None
     with pytest.raises(AttributeError, match="NSpid"):
-        parsed.NSpid  # noqa: B018
+        parsed.NSpid
     assert "NSpid" not in parsed
 
 
@@ -120,7 +120,7 @@ def test_anything_else_is_refused(text: bytes) -> None:
 
 def test_a_broken_value_is_named() -> None:
     with pytest.raises(ValueError, match="status: Uid"):
-        status.parse(RECORDED.replace(b"1000\t1001", b"1000")).Uid  # noqa: B018
+        status.parse(RECORDED.replace(b"1000\t1001", b"1000")).Uid
 
 
 @given(
@@ -160,7 +160,9 @@ def test_live() -> None:
     assert parsed.Gid[:3] == os.getresgid()
     assert parsed.Groups == sorted(os.getgroups())
     assert parsed.Threads == len(os.listdir("/proc/self/task")) >= threading.active_count()
-    cpus = {cpu for cpu in range(parsed.Cpus_allowed.bit_length()) if parsed.Cpus_allowed >> cpu & 1}
+    cpus = {
+        cpu for cpu in range(parsed.Cpus_allowed.bit_length()) if parsed.Cpus_allowed >> cpu & 1
+    }
     assert cpus == os.sched_getaffinity(0)
     mask = os.umask(0)
     os.umask(mask)

@@ -76,8 +76,8 @@ def guarded(command: str, body: Callable[[], int]) -> int:
         where = f"`{os.fsdecode(error.filename)}`: " if error.filename is not None else ""
         say_error(f"{command}: {where}{error.strerror or error}")
         return 1
-    except Exception:
-        return _crashed(command)
+    except Exception as error:
+        return _crashed(command, error)
 
 
 def say_error(text: str) -> None:
@@ -99,11 +99,14 @@ def _report(error: TorporError) -> None:
         err(f"  {line}\n")
 
 
-def _crashed(command: str) -> int:
+def _crashed(command: str, error: Exception) -> int:
     """An exception that nobody meant to raise: a bug of ours."""
-    import traceback
+    try:
+        import traceback
 
-    trace = traceback.format_exc()
+        trace = traceback.format_exc()
+    except ImportError:  # our files are out of reach, as in a container's namespaces
+        trace = f"{error!r}\n"
     if os.environ.get("TORPOR_DEBUG"):
         err(trace)
         return 1

@@ -126,7 +126,7 @@ class NotImplementedYet(UsageError):
 
 def read_options(line: CommandLine) -> tuple[Options, list[str]]:
     """The options of configuration files and the command line, and notes for the log."""
-    options = Options(share_pages=False)
+    options = Options()
     notes = read_defaults(
         options,
         criu_grammar(),
@@ -171,8 +171,8 @@ def _take_command(options: Options, verb: str, rest: list[str], wanted: bool) ->
 
 def _check_capabilities(options: Options) -> None:
     """CRIU refuses to begin without the right to; so it is known before anything is stopped."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        line = next(line for line in file if line.startswith("CapEff:"))
+    with open("/proc/self/status", "rb") as file:
+        line = next(line for line in file if line.startswith(b"CapEff:"))
     if not int(line.split()[1], 16) & (CAP_SYS_ADMIN | CAP_CHECKPOINT_RESTORE):
         raise UsageError(
             "the capability CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN is missing",

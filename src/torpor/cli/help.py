@@ -33,13 +33,14 @@ def option_list(wanted: Callable[[Option], bool]) -> str:
     """All wanted options in their groups, aligned."""
     parts = []
     for title, rows in GROUPS:
-        lines = [_line(row) for row in rows if row.long and wanted(row)]
+        lines = [option_line(row) for row in rows if row.long and wanted(row)]
         if lines:
             parts.append(f"{title}:\n" + "".join(lines))
     return "\n".join(parts)
 
 
-def _line(row: Option) -> str:
+def option_line(row: Option) -> str:
+    """One option and its explanation."""
     left = f"  {spelled(row)}"
     if len(left) >= COLUMN - 1:
         return f"{left}\n{'':{COLUMN}}{explained(row)}\n"

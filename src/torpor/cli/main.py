@@ -12,8 +12,8 @@ VERBS = {
     "dump": ("torpor.cli.dump", "freeze a tree of processes into a directory of images"),
     "restore": ("torpor.cli.restore", "wake it up again"),
     "check": ("torpor.cli.check", "say what this kernel can do, or what stands in a dump's way"),
-    "show": ("torpor.images.show", "show what is in a snapshot"),
-    "crit": ("torpor.images.crit", "turn image files into JSON and back"),
+    "show": ("torpor.cli.show", "show what is in a snapshot"),
+    "crit": ("torpor.cli.crit", "turn image files into JSON and back"),
     "criu": ("torpor.cli.criu", "be the criu command, for whoever expects that one"),
 }
 

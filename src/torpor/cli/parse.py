@@ -11,7 +11,7 @@ import os
 from ..errors import UsageError
 from ..options import OPTIONS_NOT_YET, TABLE, Options
 from .grammar import Grammar, scan
-from .help import option_list
+from .help import option_line, option_list
 from .terminal import out
 from .values import apply
 
@@ -51,7 +51,8 @@ class VerbHelp:
     def shows(self, row: Option) -> bool:
         """Is the option worth a line? Not if it would only be refused; `criu --help` has those."""
         for_a_server = row.group == "Servers" and "page_server" in OPTIONS_NOT_YET
-        return self.wants(row) and row.attr not in OPTIONS_NOT_YET and not for_a_server
+        refused = row.attr in OPTIONS_NOT_YET or f"{self.verb} {row.attr}" in OPTIONS_NOT_YET
+        return self.wants(row) and not refused and not for_a_server
 
 
 def parse(words: list[str], help: VerbHelp, options: Options) -> list[str] | None:
@@ -64,6 +65,21 @@ def parse(words: list[str], help: VerbHelp, options: Options) -> list[str] | Non
             return None
         apply(options, entry.row, text, entry.negated)
     return others
+
+
+def local_options(
+    words: list[str], rows: tuple[Option, ...], usage: str, text: str, examples: str
+) -> tuple[dict[str, str], list[str]] | None:
+    """The same for a verb with a few options of its own: option → argument, and the other words."""
+    said: dict[str, str] = {}
+    others: list[str] = []
+    for entry, argument in scan(words, Grammar(rows), others):
+        said[entry.name] = argument or ""
+    if "help" not in said:
+        return said, others
+    lines = "".join(option_line(row) for row in rows)
+    out(f"Usage: {usage}\n\n{text}\n{lines}\nExamples:\n{examples}")
+    return None
 
 
 def pid_of(word: str) -> int:

@@ -39,6 +39,8 @@ def main(words: list[str]) -> int:
     options.validate("restore")
     settle_paths(options)
     open_log(options)
+    if options.explain:
+        return _explain(options)
     catch_signals()
     with Progress() as progress:
         options.progress = progress
@@ -52,6 +54,14 @@ def main(words: list[str]) -> int:
         return wait_for(result.pid)
     if not options.json:
         out(f"{result.pid}\n")
+    return 0
+
+
+def _explain(options: Options) -> int:
+    from ..engine.restore import explain
+
+    for line in explain(options.freeze()):
+        out(f"{line}\n")
     return 0
 
 

@@ -234,7 +234,7 @@ class _Dump:
         stats.dump.pages_skipped_parent = 0
         stats.dump.pages_written = self.memory.pages
         stats.dump.pages_lazy = 0
-        stats.dump.shpages_written = self.memory.shmem_pages
+        stats.dump.shpages_written = self.ctx.memo.get("shared pages", 0)
         self.writer.write_one("stats-dump", stats)
 
     def _finish(self) -> None:

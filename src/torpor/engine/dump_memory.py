@@ -11,12 +11,13 @@ import time
 
 from ..errors import TaskGone, doing
 from ..images import schema as pb
-from ..images.pages import PagemapWriter
+from ..images.pages import PE_PARENT, PE_PRESENT, PagemapWriter
 from ..linux import kernel
 from ..proc import auxv as proc_auxv
 from ..proc.read import read
 from ..resources import MappingKinds, base
 from ..resources.files import regular
+from .sharing import Sharing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 PAGE = 4096
 CHUNK_BYTES = 1 << 20
 ADDRESS_END = 0x7FFFFFFFF000
-PE_PRESENT = 4
 IOV_MAX = 1024
 
 #: VmFlags of smaps → MADV_* of the images (fs/proc/task_mmu.c, show_smap_vma_flags)
@@ -60,9 +60,10 @@ class MemoryDumper:
     def __init__(self, ctx: DumpContext) -> None:
         self.ctx = ctx
         self.kinds = MappingKinds()
-        self.mappings = self.pages = self.shared_pages = self.shmem_pages = 0
+        self.mappings = self.pages = self.shared_pages = 0
         self.seconds = 0.0
         self._buffer = mmap.mmap(-1, CHUNK_BYTES)
+        self.sharing = Sharing()
 
     def dump_task(self, task: SourceTask) -> None:
         """Write the task's memory."""
@@ -143,9 +144,12 @@ class MemoryDumper:
     def _write_pages(self, task: SourceTask, runs: list[tuple[int, int]]) -> None:
         pages_id = self.ctx.new_id("pages")
         pages = PagemapWriter(self.ctx.images, f"pagemap-{task.vpid}", pages_id)
-        for start, end in runs:
-            pages.add(start, (end - start) // PAGE, PE_PRESENT)
-            self.pages += (end - start) // PAGE
+        if len(self.ctx.tasks) > 1 and self.ctx.options.share_pages:
+            runs = self._write_shared(task, runs, pages)
+        else:
+            for start, end in runs:
+                pages.add(start, (end - start) // PAGE, PE_PRESENT)
+        self.pages += sum(end - start for start, end in runs) // PAGE
         fd = self.ctx.images.raw(f"pages-{pages_id}")
         address = kernel.writable_address(self._buffer)
         view = memoryview(self._buffer)
@@ -156,6 +160,21 @@ class MemoryDumper:
                 raise TaskGone(f"task {task.pid}: {total - count} bytes of memory could not be read")
             _write_all(fd, view[:total])
         pages.close()
+
+    def _write_shared(
+        self, task: SourceTask, runs: list[tuple[int, int]], pages: PagemapWriter
+    ) -> list[tuple[int, int]]:
+        """Announce the runs; those that an earlier task has too are only named. Returns what is left to be stored."""
+        own: list[tuple[int, int]] = []
+        for start, count, owner in self.sharing.split(task, runs):
+            if owner:
+                # PE_PARENT makes CRIU, which does not know the field, refuse the set rather than restore zeroes.
+                pages.add(start, count, PE_PARENT, same_as=self.ctx.tasks[owner].vpid)
+                self.shared_pages += count
+            else:
+                pages.add(start, count, PE_PRESENT)
+                own.append((start, start + count * PAGE))
+        return own
 
     def finish(self) -> None:
         """All tasks are done."""

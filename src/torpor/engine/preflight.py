@@ -90,11 +90,21 @@ def blockers(pid: int, options: Options) -> list[TorporError]:
                 continue
             try:
                 found += _task_blockers(one, ctx, files, mappings)
+            except OSError:
+                if _alive(one):
+                    raise
             except TaskGone:
                 continue  # it need not be dumped any more
         return found
     finally:
         ctx.close()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return proc_stat.parse(read(pid, "stat")).state not in "ZX"
+    except TaskGone:
+        return False
 
 
 def _task_blockers(pid: int, ctx: DumpContext, files: FileKinds, mappings: MappingKinds) -> list[TorporError]:

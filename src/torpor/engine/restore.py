@@ -87,7 +87,8 @@ class _Restore:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.undo = Undo()
+        self.undo = Undo()  # taken back in any case: what only the making needs
+        self.on_failure = Undo()
         self.programs: dict[int, Program] = {}
         self.snapshot: Snapshot
         self.arena: stub.Arena | None = None
@@ -366,10 +367,10 @@ class _Restore:
             conductor.set_registers(cpu)
             if self.options.pidfile:
                 self._write_pidfile()
-            self.pids_live = True
             conductor.release()
         except BaseException as error:
             conductor.abort()
+            self.on_failure.roll_back(error)
             if isinstance(error, TorporError):
                 log.error(str(error))
             raise
@@ -378,7 +379,7 @@ class _Restore:
     def _write_pidfile(self) -> None:
         from .pidfile import write
 
-        write(self.options, self.root_pid, self.undo)
+        write(self.options, self.root_pid, self.on_failure)
 
 
 class _Place:

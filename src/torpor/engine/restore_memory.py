@@ -71,6 +71,7 @@ class MemoryPlan:
         self.snapshot = snapshot
         self.ctx = ctx
         self.kinds = MappingKinds()
+        self.order = {pid: index for index, pid in enumerate(snapshot.tasks)}
 
     def emit(self, task: RestoredTask, program: Program, *, inherited: RestoredTask | None) -> None:
         """Emit the task's memory; ``inherited`` is the task whose complete memory it has already, or None."""
@@ -152,7 +153,8 @@ class MemoryPlan:
         """Where pages lie that are stored with another task."""
         owner = self.snapshot.tasks.get(owner_pid)
         place = f"page {start:#x}"
-        if owner is None or owner is task or not owner.alive:
+        # Only ever an earlier one: so the search ends.
+        if owner is None or self.order[owner.pid] >= self.order[task.pid] or not owner.alive:
             raise ImageError(f"pagemap-{task.pid}.img", place, f"it is said to be task {owner_pid}'s")
         found: list[tuple[int, int, int, int]] = []
         for address, count, _, fd, offset, same_as in owner.runs:
@@ -162,8 +164,6 @@ class MemoryPlan:
             if same_as == 0:
                 found.append((self.ctx.memo["pages", fd], low, high - low, offset + low - address))
             else:
-                if _depth(owner) <= _depth(self.snapshot.tasks.get(same_as)):
-                    raise ImageError(f"pagemap-{owner.pid}.img", place, f"task {same_as} is no ancestor")
                 found += self._foreign(owner, same_as, low, high)
         if sum(piece[2] for piece in found) != end - start:
             raise ImageError(f"pagemap-{owner_pid}.img", place, f"task {task.pid} needs it and it is not there")
@@ -209,14 +209,6 @@ def _same(a: Message, b: Message) -> bool:
         a.end == b.end and a.prot == b.prot and a.flags == b.flags and a.shmid == b.shmid and a.pgoff == b.pgoff
         and a.status == b.status and a.anon_name == b.anon_name and a.fdflags == b.fdflags
     )  # fmt: skip
-
-
-def _depth(task: RestoredTask | None) -> int:
-    depth = 0
-    while task is not None:
-        task = task.parent
-        depth += 1
-    return depth
 
 
 def _clipped(runs: list[Run], entry: Message) -> list[tuple[int, int]]:

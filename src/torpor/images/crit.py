@@ -270,7 +270,7 @@ def _printer(
     if field.type == _MESSAGE:
         return lambda value: decode_message(value, pretty=pretty, hexadecimal=inside)
     if field.type == _BYTES:
-        return _quoted if (kind, name) == ("unix_sk_entry", "name") else _base64
+        return quoted_printable if (kind, name) == ("unix_sk_entry", "name") else _base64
     if field.type == _ENUM:
         numbers = field.enum_type.values_by_number
         return lambda value: numbers[value].name
@@ -393,7 +393,7 @@ def _from_base64(value: str) -> bytes:
     return base64.decodebytes(value.encode())
 
 
-def _quoted(value: bytes) -> str:
+def quoted_printable(value: bytes) -> str:
     """Quoted-printable, as crit writes the names of Unix sockets."""
     quoted = binascii.b2a_qp(value)
     if binascii.a2b_qp(quoted) != value:

@@ -144,6 +144,8 @@ def _nr_pages(entry: Any) -> int:
 def _flags(entry: Any) -> int:
     """Sets of CRIU before 2.12 have no flags: a run is present unless it is marked in_parent."""
     flags: int = entry.flags
+    if entry.same_as:
+        return flags & ~PE_PARENT  # set for CRIU alone, which then refuses the set
     if entry.in_parent:
         flags |= PE_PARENT
     elif not entry.HasField("flags"):

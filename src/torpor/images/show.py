@@ -7,7 +7,7 @@ incomplete or foreign one may, is shown as far as it goes.
 
 from __future__ import annotations
 
-from ..errors import ImageError
+from ..errors import ImageError, UsageError
 from . import crit, pages
 from . import schema as pb
 
@@ -52,7 +52,7 @@ def summary(reader: ImageReader) -> Json:
     ``memory``, of it ``stored`` here and ``inherited`` from parent snapshots), ``images`` (name and
     bytes of every file).
     """
-    tasks = [_task(reader, depth, entry) for depth, entry in _tree(reader)]
+    tasks = [_task(reader, depth, entry) for depth, entry in pstree(reader)]
     images = [{"name": name, "bytes": reader.size(name)} for name in reader.names()]
     return {"inventory": _inventory(reader), "tasks": tasks, "images": images}
 
@@ -63,15 +63,15 @@ def _inventory(reader: ImageReader) -> Json:
     entry = reader.read_one("inventory")
     shown: Json = {"version": entry.img_version, "writer": "criu"}
     if entry.torpor:
-        shown["writer"] = f"torpor {_text(entry.torpor)}"
+        shown["writer"] = f"torpor {text_of(entry.torpor)}"
     if entry.lsmtype:
         shown["lsm"] = pb.lsmtype.Name(entry.lsmtype).lower()
     if entry.plugins_entry.plugins:
-        shown["plugins"] = [_text(name) for name in entry.plugins_entry.plugins]
+        shown["plugins"] = [text_of(name) for name in entry.plugins_entry.plugins]
     return shown
 
 
-def _tree(reader: ImageReader) -> list[tuple[int, Any]]:
+def pstree(reader: ImageReader) -> list[tuple[int, Any]]:
     """(depth, pstree_entry) of every task, children behind their parents."""
     entries = reader.read_all("pstree", required=True)
     children: dict[int, list[Any]] = {}
@@ -104,7 +104,7 @@ def _task(reader: ImageReader, depth: int, entry: Any) -> Json:
     core = f"core-{entry.pid}"
     if reader.has(core):
         task = reader.read_one(core).tc
-        shown["comm"] = _text(task.comm)
+        shown["comm"] = text_of(task.comm)
         shown["state"] = _STATES.get(task.task_state, str(task.task_state))
         if shown["state"] == "zombie":
             shown["exit_code"] = task.exit_code
@@ -116,7 +116,7 @@ def _task(reader: ImageReader, depth: int, entry: Any) -> Json:
 
 def _thread_comm(reader: ImageReader, tid: int) -> str:
     core = f"core-{tid}"
-    return _text(reader.read_one(core).thread_core.comm) if reader.has(core) else ""
+    return text_of(reader.read_one(core).thread_core.comm) if reader.has(core) else ""
 
 
 def _memory(reader: ImageReader, pid: int) -> tuple[int, int, int]:
@@ -141,7 +141,9 @@ def _runs(reader: ImageReader, pid: int) -> list[pages.Run]:
 def mappings(reader: ImageReader, pid: int) -> list[Json]:
     """The mappings of task ``pid`` in order: start, end (bytes), prot and shared as in
     /proc/PID/maps, what is mapped (``name``) from which ``offset``, and how many bytes of it the
-    snapshot has (``stored``; pages that equal the file's are in none)."""
+    snapshot has (``stored``; pages that equal the file's are in none). UsageError if there is no
+    such task."""
+    _check_known(reader, pid)
     paths = {entry.id: entry for entry in reader.files()}
     runs = _runs(reader, pid)
     shown, at = [], 0
@@ -194,7 +196,8 @@ def _special(vma: Any, mm: Any) -> str:
 
 def files(reader: ImageReader, pid: int) -> list[Json]:
     """What task ``pid`` has open: fd (or ``exe``, ``cwd``, ``root``), kind, mode, offset in the
-    file, close-on-exec, and a description of what it is."""
+    file, close-on-exec, and a description of what it is. UsageError if there is no such task."""
+    _check_known(reader, pid)
     entries = {entry.id: entry for entry in reader.files()}
     shown = []
     for name, number in _fs(reader, pid):
@@ -205,6 +208,11 @@ def files(reader: ImageReader, pid: int) -> list[Json]:
         row["cloexec"] = bool(descriptor.flags & _CLOEXEC)
         shown.append(row)
     return shown
+
+
+def _check_known(reader: ImageReader, pid: int) -> None:
+    if all(entry.pid != pid for entry in reader.read_all("pstree", required=True)):
+        raise UsageError(f"there is no process {pid} in the snapshot")
 
 
 def _ids(reader: ImageReader, pid: int) -> Any:
@@ -262,7 +270,7 @@ def _endpoint(address: Any, port: int) -> str:
 
 
 def _unix(body: Any) -> str:
-    name = _text(body.name.rstrip(b"\0").replace(b"\0", b"@"))
+    name = text_of(body.name.rstrip(b"\0").replace(b"\0", b"@"))
     peer = f" ↔ {body.peer}" if body.peer else ""
     return f"unix {body.ino}{peer}" + (f" {name}" if name else "")
 
@@ -277,7 +285,7 @@ def _events(body: Any) -> str:
 
 
 _WORDS: dict[str, Callable[[Any], str]] = {
-    "reg": lambda body: _text(body.name),
+    "reg": lambda body: text_of(body.name),
     "pipe": lambda body: f"pipe:[{body.pipe_id}]",
     "fifo": lambda body: f"fifo:[{body.pipe_id}]",
     "isk": _inet,
@@ -292,9 +300,9 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "nlsk": lambda body: f"netlink protocol {body.protocol}",
     "psk": lambda body: f"packet protocol {_swapped(body.protocol):#06x}",
     "nsf": lambda body: f"namespace {body.ns_id}",
-    "tunf": lambda body: f"tun {_text(body.netdev)}",
+    "tunf": lambda body: f"tun {text_of(body.netdev)}",
     "memfd": lambda body: f"memfd inode {body.inode_id}",
-    "bpf": lambda body: f"bpf map {_text(body.map_name)}",
+    "bpf": lambda body: f"bpf map {text_of(body.map_name)}",
     "pidfd": lambda body: f"pid {body.nspid}",
     "ext": lambda body: "from a plugin",
 }
@@ -379,5 +387,5 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _text(value: str | bytes) -> str:
+def text_of(value: str | bytes) -> str:
     return pb.get_bytes(value).decode(errors="backslashreplace")

@@ -16,8 +16,9 @@ import errno
 import os
 import stat
 
-from ..errors import ImageError
+from ..errors import ImageError, KernelError
 from ..images import schema as pb
+from ..linux.call import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 #: Content of at least this many bytes is stored without its holes, as CRIU does.
 CHUNKS_FROM = 3 * 4096
 COPY_BYTES = 1 << 20
+AT_FDCWD, AT_SYMLINK_FOLLOW = -100, 0x400
 
 
 # ---------------------------------------------------------------------- dump
@@ -65,7 +67,7 @@ def _write(found: Found, number: int, ctx: DumpContext) -> None:
     if not stat.S_ISREG(result.st_mode):
         return
     # A description of our own: the position of theirs must not move, and it need not be readable.
-    fd = os.open(found.proc_link, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_quietly(found.proc_link)
     try:
         if not chunked:
             copy(fd, 0, ctx.images.fd(image), result.st_size)
@@ -75,6 +77,15 @@ def _write(found: Found, number: int, ctx: DumpContext) -> None:
             copy(fd, start, ctx.images.fd(image), end - start)
     finally:
         os.close(fd)
+
+
+def open_quietly(path: str) -> int:
+    """Open a file to be read without a change of its access time, where we may."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
 
 
 def _link_text(found: Found) -> bytes:
@@ -214,7 +225,7 @@ def open_now(ctx: BuildContext, found: Anchors, users: list[Message], shown: byt
     forbids."""
     for user in users:
         if user.flags & os.O_NOFOLLOW:
-            found.ready[user.id] = os.open(shown, opening_flags(user.flags))
+            found.ready[user.id] = ctx.keep(os.open(shown, opening_flags(user.flags)))
 
 
 def opening_flags(flags: int) -> int:
@@ -253,8 +264,12 @@ def _link(target: bytes, name: bytes, number: int) -> bytes:
     """Another name for ``target``; the one that was free."""
     for candidate in _candidates(name, number):
         try:
-            os.link(target, candidate, follow_symlinks=target.startswith(b"/proc/self/fd/"))
-        except FileExistsError:
+            # os.link() follows symbolic links only if a directory is given.
+            follow = AT_SYMLINK_FOLLOW if target.startswith(b"/proc/self/fd/") else 0
+            call("linkat", AT_FDCWD, target + b"\0", AT_FDCWD, candidate + b"\0", follow)
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
             continue
         return candidate
     raise AssertionError("unreachable")

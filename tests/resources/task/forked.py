@@ -1,14 +1,14 @@
 """Source and target of the round trips here: forked children that set themselves up and wait.
 
-A child is dumped with the real means (ptrace, programs run in it); restoring is a program's records,
-each done as an ordinary system call by another child, which then can be dumped or looked at in /proc.
+A child is dumped with the real means (ptrace, programs run in it); restoring is a program's
+records, each done as an ordinary system call by another child, which then can be dumped or looked
+at in /proc.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import mmap
 import os
 import signal
@@ -47,7 +47,7 @@ def prctl(*args: object) -> int:
 
 
 def call_each(program: Program) -> Run:
-    """Do what the machine does with a program, here and now; AssertionError names a failing call."""
+    """Do what the machine does with a program, here and now; AssertionError names what fails."""
     area = mmap.mmap(-1, max(program.size, 4096))
     base = ctypes.addressof(ctypes.c_char.from_buffer(area))
     program.place(base)
@@ -58,7 +58,8 @@ def call_each(program: Program) -> Run:
         try:
             result = syscall(words[0] - 1, *words[1:7])
         except OSError as error:
-            assert error.errno < 64 and words[9] >> error.errno & 1, f"{record}: {error}"
+            if error.errno >= 64 or not words[9] >> error.errno & 1:
+                raise AssertionError(f"{record}: {error}") from error
             result = -error.errno
         struct.pack_into("<q", area, offset + 56, result)
         if words[8]:
@@ -231,6 +232,6 @@ def proc_status(pid: int, name: str) -> str:
 
 
 __all__ = [
-    "build_context", "call_each", "child", "dump", "errno", "prctl", "proc_status", "proc_text", "restore",
-    "restored_thread", "syscall",
+    "build_context", "call_each", "child", "dump", "prctl", "proc_status", "proc_text",
+    "restore", "restored_thread", "syscall",
 ]  # fmt: skip

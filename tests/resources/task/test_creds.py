@@ -112,7 +112,7 @@ def test_a_capability_that_we_lack_is_refused_by_name() -> None:
     with child() as pid:
         first = dump(pid, creds.RESOURCE).core
     first.thread_core.creds.cap_prm[:] = [0xFFFFFFFF, 0xFFFFFFFF]
-    with pytest.raises(Unsupported, match="CAP_SYS_RESOURCE.*capability 63"):
+    with pytest.raises(Unsupported, match=r"CAP_SYS_RESOURCE.*capability 63"):
         creds.RESOURCE.check(first, build_context())
     first.thread_core.creds.cap_prm[:] = [0, 0]
     creds.RESOURCE.check(first, build_context())

@@ -85,7 +85,8 @@ queued = st.lists(
     st.tuples(
         st.booleans(),  # for the process
         st.sampled_from([1, 10, 12, 15, 17, 32, 33, 34, 40, 64]),
-        st.sampled_from([-1, -2, -3, 0, 1, 0x80, -6]),  # SI_QUEUE TIMER MESGQ USER, CLD_…, KERNEL, TKILL
+        # SI_QUEUE, SI_TIMER, SI_MESGQ, SI_USER, CLD_EXITED, SI_KERNEL, SI_TKILL
+        st.sampled_from([-1, -2, -3, 0, 1, 0x80, -6]),
         st.integers(0, (1 << 64) - 1),
     ),
     max_size=12,
@@ -155,7 +156,9 @@ def test_signals_of_the_tracer_are_held_back() -> None:
         assert int(proc_status(pid, "ShdPnd"), 16) == 0
 
 
-@pytest.mark.parametrize("siginfo", [b"", bytes(127), bytes(128), struct.pack("<i", 65) + bytes(124)])
+@pytest.mark.parametrize(
+    "siginfo", [b"", bytes(127), bytes(128), struct.pack("<i", 65) + bytes(124)]
+)
 def test_what_is_no_siginfo_is_refused(siginfo: bytes) -> None:
     core = pb.core_entry()
     core.tc.signals_s.signals.add(siginfo=siginfo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import struct
@@ -24,14 +25,9 @@ REALTIME, MONOTONIC, PROCESS_CPU, BOOTTIME = 0, 1, 2, 7
 
 def create(number: int, clock: int, event: bytes) -> None:
     """Make a timer; with PR_TIMER_CREATE_RESTORE_IDS on, the number is the one wanted."""
-    syscall(222, clock & 0xFFFFFFFFFFFFFFFF, event, wanted := bytearray_of(number))
-    assert struct.unpack("<i", bytes(wanted))[0] == number
-
-
-def bytearray_of(number: int) -> object:
-    import ctypes
-
-    return ctypes.c_int32(number)
+    got = ctypes.c_int32(number)
+    syscall(222, clock, event, ctypes.byref(got))
+    assert got.value == number
 
 
 def event(signo: int, notify: int, value: int = 0, tid: int = 0) -> bytes:
@@ -148,13 +144,15 @@ def test_posix_timers_keep_numbers_and_settings(wanted: dict[int, tuple]) -> Non
     before = {entry.it_id: entry for entry in first.core.tc.timers.posix}
     for entry in again:
         assert (entry.isec, entry.insec) == (before[entry.it_id].isec, before[entry.it_id].insec)
-        assert before[entry.it_id].vsec - 10 < entry.vsec <= before[entry.it_id].vsec or not entry.vsec
+        assert (
+            before[entry.it_id].vsec - 10 < entry.vsec <= before[entry.it_id].vsec or not entry.vsec
+        )
 
 
 def test_numbers_on_a_kernel_that_only_counts() -> None:
     core = pb.core_entry()
-    required = dict(clock_id=1, si_signo=10, it_sigev_notify=0, sival_ptr=7, overrun=0)
-    times = dict(isec=0, insec=0, vsec=1000, vnsec=0)
+    required = {"clock_id": 1, "si_signo": 10, "it_sigev_notify": 0, "sival_ptr": 7, "overrun": 0}
+    times = {"isec": 0, "insec": 0, "vsec": 1000, "vnsec": 0}
     for number in (9, 2, 0):
         core.tc.timers.posix.add(it_id=number, **required, **times)
     ctx = build_context()
@@ -169,14 +167,14 @@ def test_numbers_on_a_kernel_that_only_counts() -> None:
 
 def test_numbering_goes_on_by_itself_afterwards() -> None:
     core = pb.core_entry()
-    required = dict(clock_id=1, si_signo=10, it_sigev_notify=0, sival_ptr=7, overrun=0)
+    required = {"clock_id": 1, "si_signo": 10, "it_sigev_notify": 0, "sival_ptr": 7, "overrun": 0}
     core.tc.timers.posix.add(it_id=41, isec=0, insec=0, vsec=0, vnsec=0, **required)
 
     def observe() -> None:
         restore(core, posix_timers.RESOURCE)
-        create_anywhere = bytearray_of(5)
-        syscall(222, 1, event(10, 0), create_anywhere)
-        assert bytes(create_anywhere) != struct.pack("<i", 5)  # it is not a request any more
+        got = ctypes.c_int32(5)
+        syscall(222, 1, event(10, 0), ctypes.byref(got))
+        assert got.value != 5  # it is not a request any more
         assert syscall(157, 77, 2, 0, 0, 0) == 0
 
     with child(observe):
@@ -186,6 +184,7 @@ def test_numbering_goes_on_by_itself_afterwards() -> None:
 def test_a_timer_for_a_thread_that_has_ended() -> None:
     def setup() -> None:
         def other() -> None:
+            syscall(157, 77, 1, 0, 0, 0)
             create(0, MONOTONIC, event(10, THREAD_ID, 3, threading.get_native_id()))
             settime(0, (0, 0), (1000, 0))
 

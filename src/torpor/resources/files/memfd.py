@@ -30,6 +30,9 @@ MFD_ALLOW_SEALING, MFD_HUGETLB, MFD_EXEC = 0x2, 0x4, 0x10
 F_SEAL_SEAL, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 0x1, 0x8, 0x10
 HUGE_SHIFT = 26
 PREFIX = b"/memfd:"
+SHARED_ANONYMOUS = b"/dev/zero"
+#: Shared memory above this size is not reserved: it may be a sparse area larger than memory.
+RESERVED_BYTES_MAX = 1 << 30
 #: Flags that fcntl(F_SETFL) can change. Kernel: fs/fcntl.c, SETFL_MASK
 SETFL_FLAGS = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME
 
@@ -224,9 +227,14 @@ def _create(ctx: BuildContext, entry: Message) -> int:
     flags = os.MFD_CLOEXEC | entry.hugetlb_flag
     if entry.seals != F_SEAL_SEAL:
         flags |= MFD_ALLOW_SEALING
-    fd = _memfd_create(pb.get_bytes(entry.name), flags, executable=bool(entry.mode & 0o111))
+    name = pb.get_bytes(entry.name)
+    if name == SHARED_ANONYMOUS and entry.size and not entry.hugetlb_flag:
+        fd = _shared_anonymous(entry.size)
+    else:
+        fd = _memfd_create(name, flags, executable=bool(entry.mode & 0o111))
     try:
-        os.ftruncate(fd, entry.size)
+        if os.fstat(fd).st_size != entry.size:
+            os.ftruncate(fd, entry.size)
         if entry.size:
             read_content(ctx, fd, entry.shmid, entry.size)
         os.fchown(fd, entry.uid, entry.gid)
@@ -236,6 +244,22 @@ def _create(ctx: BuildContext, entry: Message) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _shared_anonymous(size: int) -> int:
+    """What mmap(2) makes for MAP_SHARED | MAP_ANONYMOUS, as a descriptor: it is reached through our
+    own mapping of it."""
+    import mmap
+
+    from ...linux.kernel import writable_address
+
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+    if size > RESERVED_BYTES_MAX:
+        flags |= mmap.MAP_NORESERVE
+    with mmap.mmap(-1, size, flags) as area:
+        start = writable_address(area)
+        end = start + -(-size // PAGE_SIZE) * PAGE_SIZE
+        return os.open(f"/proc/self/map_files/{start:x}-{end:x}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _memfd_create(name: bytes, flags: int, executable: bool) -> int:

@@ -172,7 +172,7 @@ def _entry(
 def build_id(path: str) -> bytes:
     """The GNU build id of a 64-bit ELF file, b"" where there is none."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = ghost.open_quietly(path)
     except OSError:
         return b""
     try:

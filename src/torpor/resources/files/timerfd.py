@@ -5,12 +5,13 @@ Image: file_entry.tfd (timerfd_entry); the value is the time left, for absolute 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
 import time
 
-from ...errors import ImageError
+from ...errors import ImageError, KernelError
 from ...images import schema as pb
 from ...linux.call import buffer, call
 from ...proc import fdinfo, fdinfo_kinds
@@ -44,6 +45,8 @@ class Timerfd(FileResource):
         seen = fdinfo_kinds.timerfd(fdinfo.parse(read(os.getpid(), f"fdinfo/{fd}")))
         if seen.it_value != (0, 0):
             value = seen.it_value
+        elif seen.ticks and seen.it_interval != (0, 0):
+            value = max(value, (0, 1))  # expired again since: it is due at once
         return pb.timerfd_entry(
             id=source.id, flags=source.flags, fown=ctx.fown(source),
             clockid=seen.clockid, ticks=seen.ticks, settime_flags=seen.settime_flags,
@@ -54,8 +57,11 @@ class Timerfd(FileResource):
         fd = call("timerfd_create", entry.clockid, os.O_CLOEXEC)
         try:
             set_flags(fd, entry.flags)
-            # ECANCELED (the clock was set in this very moment): the timer runs all the same.
-            call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), None)
+            try:
+                call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), None)
+            except KernelError as error:
+                if error.errno != errno.ECANCELED:  # the clock was set right now: the timer runs, and will tell
+                    raise
             if entry.ticks:
                 fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("=Q", entry.ticks))
         except BaseException:

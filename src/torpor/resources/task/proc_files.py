@@ -56,7 +56,10 @@ class ProcFiles(TaskResource):
             # Only a task itself may do that, and mostly once (audit_loginuid_immutable): it has
             # ours then.
             _write(
-                task.pid, "loginuid", None if wanted == LOGINUID_UNSET else wanted, parse_loginuid
+                task.live_pid,
+                "loginuid",
+                None if wanted == LOGINUID_UNSET else wanted,
+                parse_loginuid,
             )
 
 

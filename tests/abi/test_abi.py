@@ -1,0 +1,247 @@
+"""What Torpor declares of the kernel's interface, against the kernel's headers.
+
+Everything in ``torpor.linux`` must be found there, be newer than they are (NEWER), or be our own
+(OURS). A constant in any other module that has the name of one in the headers must have its value.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+import torpor
+from torpor.linux import nr
+
+from .probe import macros, values
+
+ROOT = os.path.dirname(torpor.__file__)
+LINUX = [
+    importlib.import_module(f"torpor.linux.{name[:-3]}")
+    for name in sorted(os.listdir(os.path.join(ROOT, "linux")))
+    if name.endswith(".py") and name not in ("__init__.py", "nr.py")
+]
+
+# Prefixes that a module leaves out, since its own name says them.
+PREFIXES = {"torpor.linux.ptrace": "PTRACE_"}
+# Under another name in the headers; any expression of C.
+RENAMED = {
+    "torpor.linux.kernel.PM_PRESENT": "PAGE_IS_PRESENT",
+    "torpor.linux.kernel.PM_SWAPPED": "PAGE_IS_SWAPPED",
+    "torpor.linux.kernel.PM_FILE": "PAGE_IS_FILE",
+    "torpor.linux.kernel.PM_PFNZERO": "PAGE_IS_PFNZERO",
+    "torpor.linux.kernel.PM_HUGE": "PAGE_IS_HUGE",
+    "torpor.linux.kernel.PM_GUARD": "PAGE_IS_GUARD",
+    "torpor.linux.ptrace.WALL": "__WALL",
+    "torpor.linux.ptrace.SIGINFO_BYTES": "sizeof(siginfo_t)",
+}
+# C expression (or `struct name`) → the release whose headers have it first.
+NEWER = {
+    "PIDFD_THREAD": (6, 9),
+    "PAGEMAP_SCAN": (6, 7),
+    "struct pm_scan_arg": (6, 7),
+    **dict.fromkeys(
+        ("PAGE_IS_PRESENT", "PAGE_IS_SWAPPED", "PAGE_IS_FILE", "PAGE_IS_PFNZERO", "PAGE_IS_HUGE"),
+        (6, 7),
+    ),
+    "PAGE_IS_GUARD": (6, 15),
+    "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG": (6, 4),
+    "PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG": (6, 4),
+    "PTRACE_SET_SYSCALL_INFO": (6, 16),
+}
+# Bounds and choices of our own.
+OURS = {"torpor.linux.ptrace.XSTATE_BYTES_MAX"}
+
+STRUCTS = {"peeksiginfo_args": "struct __ptrace_peeksiginfo_args"}
+FIELDS = {
+    "iovec": {"base": "iov_base", "len": "iov_len"},
+    # The kernel names them as they are here, glibc's copy as in the manual of the CPU.
+    "user_regs_struct": {
+        **{name: f"r{name}" for name in ("bp", "bx", "ax", "cx", "dx", "si", "di", "ip", "sp")},
+        "orig_ax": "orig_rax",
+        "flags": "eflags",
+    },
+}
+
+# In code that is not about the kernel's interface, or names a thing of CRIU's.
+UNRELATED = {
+    "torpor/log.py",  # its levels
+    "torpor/images/magic.py",
+}
+
+
+def constants(module: ModuleType) -> dict[str, int]:
+    """The constants that a module defines itself, by name."""
+    with open(module.__file__ or "") as file:
+        tree = ast.parse(file.read())
+    own = {
+        name.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name in own and name.isupper() and not name.startswith("_") and type(value) is int
+    }
+
+
+def structs(module: ModuleType) -> dict[str, type[ctypes.Structure]]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, ctypes.Structure)
+        and value.__module__ == module.__name__
+    }
+
+
+def in_c(module: ModuleType, name: str) -> str:
+    full = f"{module.__name__}.{name}"
+    return RENAMED.get(full) or PREFIXES.get(module.__name__, "") + name
+
+
+@pytest.fixture(scope="session")
+def release() -> tuple[int, int]:
+    """The kernel that the headers are of."""
+    code = values(["LINUX_VERSION_CODE"])["LINUX_VERSION_CODE"]
+    return code >> 16, code >> 8 & 0xFF
+
+
+def excused(expression: str, release: tuple[int, int]) -> bool:
+    return expression in NEWER and NEWER[expression] > release
+
+
+def test_the_probe_can_tell() -> None:
+    found = values(["EPOLL_CLOEXEC", "NO_SUCH_NAME", "sizeof(struct iovec)", "KCMP_VM", "-1"])
+    assert found == {
+        "EPOLL_CLOEXEC": os.O_CLOEXEC,
+        "sizeof(struct iovec)": 16,
+        "KCMP_VM": 1,
+        "-1": 2**64 - 1,
+    }
+
+
+@pytest.mark.parametrize("module", LINUX, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_constants(module: ModuleType, release: tuple[int, int]) -> None:
+    declared = constants(module)
+    found = values(in_c(module, name) for name in declared)
+    wrong = []
+    for name, value in declared.items():
+        expression = in_c(module, name)
+        if expression in found:
+            if found[expression] not in (value, value % 2**64):
+                wrong.append(f"{name} is {value:#x}, in C {expression} is {found[expression]:#x}")
+        elif f"{module.__name__}.{name}" not in OURS and not excused(expression, release):
+            wrong.append(f"{name}: the headers of {release} know no {expression}")
+    assert not wrong, "\n".join([module.__name__, *wrong])
+
+
+@pytest.mark.parametrize("module", LINUX, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_structs(module: ModuleType, release: tuple[int, int]) -> None:
+    expected: dict[str, int] = {}
+    for name, struct in structs(module).items():
+        c = STRUCTS.get(name, f"struct {name}")
+        expected[f"sizeof({c})"] = ctypes.sizeof(struct)
+        for field, *_ in struct._fields_:
+            member = FIELDS.get(name, {}).get(field, field)
+            expected[f"offsetof({c}, {member})"] = getattr(struct, field).offset
+            expected[f"sizeof((({c} *)0)->{member})"] = getattr(struct, field).size
+    found = values(expected)
+    newer = [name for name in NEWER if name.startswith("struct ") and excused(name, release)]
+    for expression, value in expected.items():
+        if any(name in expression for name in newer):
+            continue
+        assert found.get(expression) == value, expression
+
+
+SYSCALL_HEADERS = {
+    "X86_64": ("#include <asm/unistd_64.h>\n", ()),
+    # The generic table, with the older calls that arm64 has as well: arch/arm64/include/uapi/asm.
+    "AARCH64": (
+        "#include <asm-generic/unistd.h>\n",
+        (
+            "-D__BITS_PER_LONG=64",
+            "-D__ARCH_WANT_RENAMEAT",
+            "-D__ARCH_WANT_NEW_STAT",
+            "-D__ARCH_WANT_SET_GET_RLIMIT",
+            "-D__ARCH_WANT_TIME32_SYSCALLS",
+            "-D__ARCH_WANT_SYS_CLONE3",
+            "-D__ARCH_WANT_MEMFD_SECRET",
+        ),
+    ),
+}
+# Marks in the headers that are no calls.
+NO_CALLS = {"syscalls", "arch_specific_syscall", "syscall_max"}
+
+
+@pytest.mark.parametrize("table", SYSCALL_HEADERS)
+def test_system_calls(table: str) -> None:
+    source, options = SYSCALL_HEADERS[table]
+    defined = macros(source, *options)
+
+    def number(text: str) -> int:
+        # The generic header names some by way of others: __NR3264_lseek.
+        return int(text) if text.isdigit() else number(defined[text])
+
+    headers = {
+        name.removeprefix("__NR_"): number(text)
+        for name, text in defined.items()
+        if name.startswith("__NR_") and (text.isdigit() or text in defined)
+    }
+    headers = {name: value for name, value in headers.items() if name not in NO_CALLS}
+    declared: dict[str, int] = getattr(nr, table)
+    assert not NO_CALLS & set(declared), "these are no system calls"
+    last = max(headers.values())
+    assert {name: value for name, value in declared.items() if value <= last} == headers
+    later = [value for value in declared.values() if value > last]
+    assert len(set(later)) == len(later)
+
+
+def test_numbers_of_new_system_calls_are_the_same_everywhere() -> None:
+    """Since v5.1 a new call gets one number on all architectures."""
+    for name in set(nr.X86_64) & set(nr.AARCH64):
+        if nr.X86_64[name] >= 424:
+            assert nr.AARCH64[name] == nr.X86_64[name], name
+
+
+def literals(path: str) -> dict[str, int]:
+    """The constants at the top of a module that can be computed without running it."""
+    with open(path) as file:
+        tree = ast.parse(file.read())
+    names: dict[str, object] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign):
+            continue
+        code = compile(ast.Module([node], []), path, "exec")
+        try:
+            exec(code, {"__builtins__": {"range": range}}, names)
+        except Exception:
+            continue  # it needs more than literals
+    return {name: value for name, value in names.items() if name.isupper() and type(value) is int}
+
+
+def test_constants_elsewhere() -> None:
+    declared: dict[str, dict[str, int]] = {}
+    for folder, _, files in os.walk(ROOT):
+        for file in files:
+            path = os.path.join(folder, file)
+            short = os.path.relpath(path, os.path.dirname(ROOT))
+            if file.endswith(".py") and short not in UNRELATED:
+                declared[short] = literals(path)
+    names = {name for found in declared.values() for name in found}
+    assert len(names) > 50
+    headers = values(name for name in names if "_" in name)
+    wrong = [
+        f"{path}: {name} is {value:#x}, in the headers {headers[name]:#x}"
+        for path, found in sorted(declared.items())
+        for name, value in found.items()
+        if name in headers and headers[name] not in (value, value % 2**64)
+    ]
+    assert not wrong, "\n".join(wrong)

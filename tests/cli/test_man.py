@@ -1,0 +1,60 @@
+"""The manual pages are in step with the options."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from torpor.cli.main import VERBS
+from torpor.options import TABLE
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs" / "man").glob("*.md"))
+
+
+def make_man():
+    spec = importlib.util.spec_from_file_location("make_man", ROOT / "tools" / "make_man.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["criu.8.md", "torpor.1.md"])
+def test_page_is_what_the_tool_would_write(name: str) -> None:
+    tool = make_man()
+    page = (ROOT / "docs" / "man" / name).read_text()
+    assert tool.filled(page, tool.option_lists()) == page, "run tools/make_man.py"
+
+
+def test_the_tool_replaces_what_is_there() -> None:
+    tool = make_man()
+    page = "a\n<!-- options: x -->\nold\n<!-- end -->\nb\n<!-- options: y -->\n<!-- end -->\n"
+    filled = tool.filled(page, {"x": "new\n", "y": "other\n"})
+    assert filled == (
+        "a\n<!-- options: x -->\nnew\n<!-- end -->\nb\n<!-- options: y -->\nother\n<!-- end -->\n"
+    )
+    assert tool.filled(filled, {"x": "new\n", "y": "other\n"}) == filled
+
+
+def test_pages_name_no_option_that_is_not_there() -> None:
+    known = {row.long for row in TABLE if row.long}
+    known |= {f"no-{row.long}" for row in TABLE if row.kind == "switch"}
+    for page in PAGES:
+        words = re.findall(r"--([a-z][a-z-]*[a-z])", page.read_text())
+        assert words
+        assert set(words) <= known, page.name
+
+
+def test_criu_page_has_every_option_of_criu() -> None:
+    text = (ROOT / "docs" / "man" / "criu.8.md").read_text()
+    for row in TABLE:
+        if row.long and not row.ours and row.long != "ms":
+            assert f"--{row.long}" in text or f"--[no-]{row.long}" in text
+
+
+def test_torpor_page_has_every_verb() -> None:
+    text = (ROOT / "docs" / "man" / "torpor.1.md").read_text()
+    assert all(f"torpor {verb}" in text for verb in VERBS)
