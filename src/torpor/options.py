@@ -128,7 +128,7 @@ class Options:
     pre_dump_mode = "splice"  # or "read"
     lazy_pages = False
     stream = False
-    share_pages = True  # ours: store pages that tasks share copy-on-write once; CRIU cannot read that
+    share_pages = True  # ours: pages that tasks share copy-on-write are stored once
     # servers
     page_server = False
     address = ""
@@ -417,7 +417,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     )),
     ("Memory", (
         _O("share-pages", "", "", "share_pages", "switch", "", _D,
-           "store pages that tasks share once (default; CRIU needs --no-share-pages)"),
+           "store what tasks share once (default); CRIU cannot read that"),
         _O("track-mem", "", "", "track_mem", "switch", "track_mem", _D,
            "watch which pages change, for the next dump"),
         _O("prev-images-dir", "", "DIR", "prev_images_dir", "text", "parent_img", _D,

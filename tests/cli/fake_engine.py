@@ -1,9 +1,9 @@
 """A command around a pretended engine: ``fake_engine.py criu|torpor WORD...``.
 
-The engine only says what it was asked. It tells how the command line behaves around the engine without the engine. What the engine does is
-in $FAKE: nothing (it succeeds), ``unsupported``, ``blockers``, ``oserror``, ``bug``, ``wait``
-(until interrupted), or for a restore ``exit N`` and ``die N``, the end of the process that it
-starts.
+The engine only says what it was asked, which shows how the command line behaves around it. What it
+does is in $FAKE: nothing (it succeeds), ``unsupported``, ``blockers``, ``oserror``, ``bug``,
+``wait`` (until interrupted), ``lacking``, ``wanting``, or for a restore ``exit N``, ``die N`` and
+``linger``: the end of the process that it starts.
 """
 
 from __future__ import annotations
@@ -85,12 +85,16 @@ def restore(options: Options) -> RestoreResult:
 
 
 class Finding:
-    def __init__(self, name: str, ok: bool, text: str) -> None:
-        self.name, self.ok, self.text = name, ok, text
+    def __init__(self, name: str, ok: bool, text: str, required: bool) -> None:
+        self.name, self.ok, self.text, self.required = name, ok, text, required
 
 
 def check_kernel(options: Options) -> list[Finding]:
-    return [Finding("ptrace", True, "fine"), Finding("clone3", HOW != "lacking", "set_tid")]
+    return [
+        Finding("ptrace", True, "fine", True),
+        Finding("clone3", HOW != "lacking", "set_tid", True),
+        Finding("guards", HOW not in ("lacking", "wanting"), "regions", False),
+    ]
 
 
 def check_task(pid: int, options: Options) -> list[Unsupported]:

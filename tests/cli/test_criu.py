@@ -271,11 +271,17 @@ def test_a_waiting_restore_ends_by_a_signal_like_any_program(criu) -> None:
 
 
 def test_check(criu) -> None:
-    done = criu("check", fake="")
-    assert (done.status, done.out, done.err) == (0, "Looks good.\n", "")
+    for fake in ("", "wanting"):
+        done = criu("check", fake=fake)
+        assert (done.status, done.out, done.err) == (0, "Looks good.\n", "")
+    for word in ("--extra", "--all"):
+        done = criu("check", word, fake="wanting")
+        assert done.status == 1
+        assert done.out.startswith("Looks good but")
+        assert "guards: regions" in done.err
     done = criu("check", fake="lacking")
-    assert done.status == 1
-    assert "clone3" in done.err
+    assert (done.status, done.out) == (1, "")
+    assert "does not look good: clone3" in done.err
 
 
 def test_check_feature(criu) -> None:

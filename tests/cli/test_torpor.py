@@ -212,11 +212,15 @@ def test_restore_takes_the_directory_either_way(torpor, tmp_path: Path) -> None:
 
 def test_check_the_kernel(torpor) -> None:
     done = torpor("check", fake="")
-    assert (done.status, done.out) == (0, "yes  ptrace  fine\nyes  clone3  set_tid\n")
+    assert done.status == 0
+    assert done.out == "yes  ptrace  fine\nyes  clone3  set_tid\nyes  guards  regions\n"
     done = torpor("check", fake="lacking")
-    assert (done.status, done.out) == (1, "yes  ptrace  fine\nNO   clone3  set_tid\n")
+    assert done.status == 1
+    assert done.out == "yes  ptrace  fine\nNO   clone3  set_tid\nno   guards  regions\n"
+    assert torpor("check", fake="wanting").status == 0
     done = torpor("check", "--json", fake="lacking")
-    assert json.loads(done.out)[1] == {"name": "clone3", "ok": False, "text": "set_tid"}
+    wanted = {"name": "clone3", "ok": False, "required": True, "text": "set_tid"}
+    assert json.loads(done.out)[1] == wanted
 
 
 def test_check_a_process(torpor) -> None:

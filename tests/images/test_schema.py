@@ -191,6 +191,6 @@ def test_all_runtimes_write_the_same() -> None:
     usual = loaded("")
     broken = loaded("pb._upb_runtime = lambda: object.no_such_thing")
     pure = loaded("", PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
-    assert usual[0] == broken[0] == pure[0] == "080110051a0608052a020838"[:20] + usual[0][20:]
+    assert usual[0] == broken[0] == pure[0] == "080110051a0608052a020807"
     assert usual[1:] == ["torpor.images.schema", "False"], "the short way in is not taken any more"
     assert broken[1:] == pure[1:] == ["google.protobuf.message_factory", "True"]

@@ -207,5 +207,5 @@ def test_unknown_locks_are_refused(broken: dict[str, int]) -> None:
     with Bench(file_locks=True) as bench:
         values = {"flag": 1, "type": 1, "pid": os.getpid(), "fd": 0, "start": 0, "len": 0, **broken}
         bench.writer.append("filelocks", pb.file_lock_entry(**values))
-        with pytest.raises(TorporError, match="filelocks.img"):
+        with pytest.raises(TorporError, match=r"filelocks\.img"):
             locks.emit(bench.task((0, 1)), Program(), bench.commit())

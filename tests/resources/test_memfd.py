@@ -109,7 +109,7 @@ def test_seals(bench: Bench, seals: int) -> None:
     copy = bench.build(file_id)
     area = mmap.mmap(copy, 7)  # what a task has mapped before the seals are back
     if seals & WRITE:
-        with pytest.raises(TorporError, match="EBUSY.*writable mapping"):
+        with pytest.raises(TorporError, match=r"EBUSY.*writable mapping"):
             settle(bench)
         area.close()
     settle(bench)
@@ -249,7 +249,7 @@ def test_content_outside_of_the_file_is_refused(bench: Bench) -> None:
     [entry] = ctx.images.read_all("memfd")
     entry.size = 100
     ctx.memo["memfd inodes"] = {1: memfd._Inode(entry)}
-    with pytest.raises(TorporError, match="pagemap-shmem.*outside of a file of 100 bytes"):
+    with pytest.raises(TorporError, match=r"pagemap-shmem.*outside of a file of 100 bytes"):
         bench.build(file_id)
 
 

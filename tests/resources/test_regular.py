@@ -51,7 +51,8 @@ def round_trip(bench: Bench, fd: int) -> tuple[dict[str, object], int]:
 @pytest.mark.parametrize(
     "flags",
     [
-        os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+        os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND,
+        os.O_RDWR | os.O_CREAT | os.O_TRUNC,
         os.O_RDWR | os.O_SYNC, os.O_RDONLY | os.O_NONBLOCK, os.O_RDONLY | os.O_NOFOLLOW, os.O_PATH,
         os.O_RDONLY | os.O_DIRECT, os.O_RDONLY | os.O_NOATIME, os.O_CREAT | os.O_RDONLY,
     ],
@@ -242,7 +243,7 @@ def test_ghost_limit(tmp_path: object) -> None:
     with Bench(ghost_limit=8192) as bench:
         fd = os.open(make(f"{tmp_path}/large", b"x" * 8193), os.O_RDONLY)
         os.unlink(f"{tmp_path}/large")
-        with pytest.raises(Unsupported, match="limit is 8192.*--ghost-limit 12288"):
+        with pytest.raises(Unsupported, match=r"limit is 8192.*--ghost-limit 12288"):
             bench.check(fd)
         with pytest.raises(Unsupported, match="limit is 8192"):
             bench.dump(fd)

@@ -10,6 +10,7 @@ from .terminal import out, out_json, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ..engine.check import Finding
     from ..errors import TorporError
 
 HELP = VerbHelp(
@@ -18,7 +19,8 @@ HELP = VerbHelp(
     """\
 Without a PID: what this kernel can do for Torpor. With one: everything that stands in the way of a
 dump of that process and all below it, found without stopping them. Give the options that the dump
-would have. The exit status is 0 when all is well and 1 when something is missing.
+would have. The exit status is 0 when all is well and 1 when something is missing that every
+program needs.
 """,
     """\
   torpor check                           is this machine fit?
@@ -50,10 +52,17 @@ def _check_kernel(options: Options) -> int:
 
     findings = check_kernel(options)
     if options.json:
-        out_json([{"name": f.name, "ok": f.ok, "text": f.text} for f in findings])
+        out_json([
+            {"name": f.name, "ok": f.ok, "required": f.required, "text": f.text} for f in findings
+        ])
     else:
-        out(table([("yes" if f.ok else "NO", f.name, f.text) for f in findings]))
-    return 0 if all(finding.ok for finding in findings) else 1
+        out(table([(_verdict(finding), finding.name, finding.text) for finding in findings]))
+    return 0 if all(finding.ok or not finding.required for finding in findings) else 1
+
+
+def _verdict(finding: Finding) -> str:
+    # Loud only about what every program needs.
+    return "yes" if finding.ok else "NO" if finding.required else "no"
 
 
 def _check_task(options: Options) -> int:

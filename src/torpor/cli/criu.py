@@ -268,11 +268,16 @@ def _check(options: Options) -> int:
         say_error(f"check: this kernel does not have the feature {options.feature}")
         return 1
     missing = [finding for finding in check.check_kernel(options) if not finding.ok]
+    if not options.extra:
+        missing = [finding for finding in missing if finding.required]
     for finding in missing:
         log.warning(f"check: {finding.name}: {finding.text}")
     if not missing:
         out("Looks good.\n")
         return 0
     names = ", ".join(finding.name for finding in missing)
-    say_error(f"check: does not look good: {names}")
+    if any(finding.required for finding in missing):
+        say_error(f"check: does not look good: {names}")
+    else:
+        out(f"Looks good but something that some programs need is missing: {names}\n")
     return 1

@@ -15,6 +15,7 @@ from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import numbers, read
 from ..remote.tracee import Seized
+from ..resources.task import rseq
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def _thread(task: SourceTask, tid: int, seized: Seized) -> SourceThread:
     if thread.regs.cs != 0x33:
         raise Unsupported("it runs 32-bit code", hint="only 64-bit tasks can be dumped")
     thread.sigmask = ptrace.get_sigmask(tid)
+    # Before anything runs in it: having left a restartable sequence, it goes on at the sequence's abort handler.
+    thread.regs.ip = rseq.abort_address(tid, thread.regs.ip) or thread.regs.ip
     return thread
 
 

@@ -7,6 +7,7 @@ import struct
 
 from ..errors import KernelError, TaskGone, TorporError, Unsupported
 from ..linux import ptrace
+from ..linux.call import call
 from ..linux.nr import NR
 from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
 from ..proc import maps as proc_maps
@@ -15,6 +16,7 @@ from ..remote import machine, stub
 from ..remote.program import Program
 from ..remote.tracee import SIGTRAP, Stop, wait_stop
 from ..resources.memory import vdso
+from ..resources.task import pending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,11 +108,14 @@ class Conductor:
         for task in tasks:
             if task.zombie:
                 self._until_end(task.pid)
-        threads = [thread.tid for task in tasks if task.alive for thread in task.threads]
-        for tid in threads:
-            ptrace.resume(tid)
-        for tid in threads:
-            self._until_stop(tid)
+        for stage in range(3):
+            # Between their stages the threads of a process wait for one another; one thread alone has only the last.
+            moving = [task for task in tasks if task.alive and (stage == 2 or len(task.threads) > 1)]
+            threads = [thread.tid for task in moving for thread in task.threads]
+            for tid in threads:
+                ptrace.resume(tid)
+            for tid in threads:
+                self._until_stop(tid)
         for task in tasks:
             if task.alive:
                 for kind in kinds:
@@ -244,6 +249,8 @@ class Conductor:
                 signal = 0
                 if task.stopped and thread is task.threads[0]:
                     signal = task.core.tc.stop_signo or SIGSTOP
+                for number in pending.held_back(thread.core):
+                    call("tgkill", task.pid, thread.tid, number)
                 ptrace.detach(thread.tid, signal)
 
     def abort(self) -> None:

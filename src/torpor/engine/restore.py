@@ -19,6 +19,7 @@ from ..proc.read import alive
 from ..remote import stub
 from ..remote.program import Program
 from ..resources import fs, locks
+from ..resources import task as task_state
 from ..resources.base import BuildContext, MAP_LOCKED
 from ..resources.fown import emit as emit_fown
 from ..undo import Undo
@@ -37,6 +38,7 @@ CLONE_THREAD, CLONE_SYSVSEM = 0x10000, 0x40000
 THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 FD_LIMIT = 1 << 20
 MARGIN_FD = 16
+BARRIERS = (task_state.ALONE, task_state.TOGETHER)
 
 
 class RestoreResult:
@@ -320,20 +322,31 @@ class _Restore:
             if entry.flags & MAP_LOCKED and not entry.status & restore_memory.UNPLACED:
                 main.call("mlock", entry.start, entry.end - entry.start, why="locked memory")
         for thread in task.threads:
-            program = self.programs[thread.tid]
-            if thread.tid != task.pid:
-                self._emit_stop(task.pid, thread.tid, program)
-            # Until the registers are set nothing is to be delivered but our own stops.
-            program.call("rt_sigprocmask", 2, struct.pack("<Q", ALL_SIGNALS & ~(1 << (SIGTRAP - 1))), 0, 8)
-            for kind in self.kinds:
-                if thread.tid == task.pid or kind.PER == "thread":
-                    kind.restore(thread, thread.core, program, self.ctx)
-            self._emit_stop(task.pid, thread.tid, program)
+            self._write_state(thread)
         for child in task.children:
             if child.helper:
                 main.call("wait4", child.pid, 0, 0x40000000, 0, why="the helper")
         if any(child.helper for child in task.children):
             self._emit_stop(task.pid, task.pid, main)
+
+    def _write_state(self, thread: RestoredThread) -> None:
+        """The state of one thread. With several threads each waits twice on the way, see resources/task."""
+        program = self.programs[thread.tid]
+        pid, main = thread.task.pid, thread.tid == thread.task.pid
+        if not main:
+            self._emit_stop(pid, thread.tid, program)
+        # Until the registers are set nothing is to be delivered but our own stops.
+        program.call("rt_sigprocmask", 2, struct.pack("<Q", ALL_SIGNALS & ~(1 << (SIGTRAP - 1))), 0, 8)
+        waits = list(BARRIERS) if len(thread.task.threads) > 1 else []
+        for kind in self.kinds:
+            while waits and kind.ORDER >= waits[0]:
+                waits.pop(0)
+                self._emit_stop(pid, thread.tid, program)
+            if main or kind.PER == "thread":
+                kind.restore(thread, thread.core, program, self.ctx)
+        for _ in waits:
+            self._emit_stop(pid, thread.tid, program)
+        self._emit_stop(pid, thread.tid, program)
 
     def _emit_settle(self, task: RestoredTask, program: Program) -> None:
         settled = self.ctx.memo.setdefault(("settled", id(self.programs)), set())

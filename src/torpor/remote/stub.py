@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 CLONE_VM, CLONE_PARENT = 0x100, 0x8000
 AT_EMPTY_PATH = 0x1000
-FIONCLEX = 0x5450
+F_SETFD = 2
 CLONE_NEWTIME = 0x80
 OPTIONS = (
     ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD | ptrace.O_TRACEFORK | ptrace.O_TRACEVFORK | ptrace.O_TRACECLONE
@@ -140,7 +140,7 @@ def _exec_program(ready: int, elf_fd: int, arena_fd: int, keep: Sequence[int], c
         fd = program.call("openat", -100, b"/proc/self/timens_offsets\0", os.O_WRONLY | os.O_CLOEXEC)
         program.call("write", fd, clock_offsets, len(clock_offsets))
     for fd_kept in (*keep, arena_fd):
-        program.call("ioctl", fd_kept, FIONCLEX)
+        program.call("fcntl", fd_kept, F_SETFD, 0)
     name = program.put(b"torpor-stub\0")
     argv = program.out(16)
     program.pointer(argv, 0, name)

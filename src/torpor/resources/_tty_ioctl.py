@@ -1,6 +1,7 @@
 """Terminals by ioctl: numbers, termios as bytes and as a message, the small questions.
 
-Kernel: drivers/tty/tty_io.c, tty_ioctl.c, tty_jobctrl.c, pty.c; include/uapi/asm-generic/ioctls.h, termbits.h
+Kernel: drivers/tty/tty_io.c, tty_ioctl.c, tty_jobctrl.c, pty.c; include/uapi/asm-generic/ioctls.h,
+termbits.h
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from ..images import schema as pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ..images.schema import Message
 
 TCSETS, TCGETS2, TCSETS2 = 0x5402, 0x802C542A, 0x402C542B
@@ -37,19 +40,31 @@ _TERMIOS2 = struct.Struct(f"<4IB{NCCS}s2I")
 
 
 class Termios:
-    """struct termios2. ``cc`` is the NCCS bytes of c_cc; speeds are in bits per second, 0 where not known."""
+    """struct termios2. ``cc`` is the NCCS bytes of c_cc; speeds are in bits per second, 0 where
+    not known.
+    """
 
     __slots__ = ("cc", "cflag", "iflag", "ispeed", "lflag", "line", "oflag", "ospeed")
 
     def __init__(
-        self, iflag: int, oflag: int, cflag: int, lflag: int, line: int, cc: bytes, ispeed: int = 0, ospeed: int = 0
+        self,
+        iflag: int,
+        oflag: int,
+        cflag: int,
+        lflag: int,
+        line: int,
+        cc: bytes,
+        ispeed: int = 0,
+        ospeed: int = 0,
     ) -> None:
         self.iflag, self.oflag, self.cflag, self.lflag = iflag, oflag, cflag, lflag
         self.line, self.cc, self.ispeed, self.ospeed = line, cc, ispeed, ospeed
 
     @classmethod
     def of_entry(cls, entry: Message) -> Termios:
-        """From a termios_entry. One with too few or too large control characters raises ValueError."""
+        """From a termios_entry. One with too few or too large control characters raises
+        ValueError.
+        """
         cc = bytes(entry.c_cc[:NCCS])
         if len(cc) != NCCS or entry.c_line > 255:
             raise ValueError(f"{len(cc)} control characters, line discipline {entry.c_line}")
@@ -59,9 +74,15 @@ class Termios:
     def entry(self) -> Message:
         """As a termios_entry."""
         return pb.termios_entry(
-            c_iflag=self.iflag, c_oflag=self.oflag, c_cflag=self.cflag, c_lflag=self.lflag, c_line=self.line,
-            c_ispeed=self.ispeed, c_ospeed=self.ospeed, c_cc=list(self.cc),
-        )  # fmt: skip
+            c_iflag=self.iflag,
+            c_oflag=self.oflag,
+            c_cflag=self.cflag,
+            c_lflag=self.lflag,
+            c_line=self.line,
+            c_ispeed=self.ispeed,
+            c_ospeed=self.ospeed,
+            c_cc=list(self.cc),
+        )
 
     def apply(self, fd: int) -> None:
         """Set them at once, flushing nothing."""
@@ -71,10 +92,10 @@ class Termios:
         else:  # CRIU does not store the speeds; those of a pty mean nothing
             fcntl.ioctl(fd, TCSETS, _TERMIOS.pack(*flags))
 
-    def changed(self, **values: object) -> Termios:
+    def changed(self, **values: Any) -> Termios:
         """A copy with other values."""
         kept = {name: getattr(self, name) for name in self.__slots__}
-        return Termios(**{**kept, **values})  # type: ignore[arg-type]
+        return Termios(**{**kept, **values})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Termios) and all(
@@ -96,7 +117,9 @@ def termios_locked(fd: int) -> Termios:
 
 def lock_termios(fd: int, locked: Termios) -> None:
     """Lock settings. Needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE."""
-    raw = _TERMIOS.pack(locked.iflag, locked.oflag, locked.cflag, locked.lflag, locked.line, locked.cc)
+    raw = _TERMIOS.pack(
+        locked.iflag, locked.oflag, locked.cflag, locked.lflag, locked.line, locked.cc
+    )
     fcntl.ioctl(fd, TIOCSLCKTRMIOS, raw)
 
 
@@ -108,7 +131,11 @@ def winsize(fd: int) -> tuple[int, int, int, int]:
 
 def set_winsize(fd: int, rows: int, columns: int, width: int, height: int) -> None:
     """Set the size; the foreground process group gets SIGWINCH if it is another one."""
-    fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("4H", rows & 0xFFFF, columns & 0xFFFF, width & 0xFFFF, height & 0xFFFF))
+    fcntl.ioctl(
+        fd,
+        TIOCSWINSZ,
+        struct.pack("4H", rows & 0xFFFF, columns & 0xFFFF, width & 0xFFFF, height & 0xFFFF),
+    )
 
 
 def ask(fd: int, request: int) -> int:
@@ -145,8 +172,8 @@ def hung_up(fd: int) -> bool:
 def open_peer(master: int, flags: int) -> int:
     """The slave of a pty, opened through its master; never as a controlling terminal.
 
-    Linux kernel commit 54ebbfb16034 ("tty: add TIOCGPTPEER ioctl") (in v4.13). What it opens lacks O_LARGEFILE, so where
-    the flags have that the slave is opened once more, by its path.
+    Linux kernel commit 54ebbfb16034 ("tty: add TIOCGPTPEER ioctl") (in v4.13). What it opens lacks
+    O_LARGEFILE, so where the flags have that the slave is opened once more, by its path.
     """
     plain = flags & (os.O_ACCMODE | os.O_NONBLOCK) | os.O_NOCTTY | os.O_CLOEXEC
     peer = fcntl.ioctl(master, TIOCGPTPEER, plain)

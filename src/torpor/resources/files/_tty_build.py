@@ -1,4 +1,6 @@
-"""Making terminals anew, in the builder, which itself must never get one as its controlling terminal: O_NOCTTY always."""
+"""Making terminals anew, in the builder, which itself must never get one as its controlling
+terminal: O_NOCTTY always.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,21 @@ if TYPE_CHECKING:
     from ..base import BuildContext
 
 PTY, CONSOLE, VT, CTTY, EXTERNAL, SERIAL = range(1, 7)  # enum TtyType
-_NAMES = {CONSOLE: "console", VT: "virtual terminal", CTTY: "/dev/tty", EXTERNAL: "external terminal", SERIAL: "serial line"}
+_NAMES = {
+    CONSOLE: "console",
+    VT: "virtual terminal",
+    CTTY: "/dev/tty",
+    EXTERNAL: "external terminal",
+    SERIAL: "serial line",
+}
 _FD_TYPE = 11
 _OPENABLE = os.O_ACCMODE | os.O_NONBLOCK
 
 
 def key_of(rdev: int, dev: int) -> str:
-    """How --external and --inherit-fd call a terminal: its device number, and that of the file system of its node."""
+    """How --external and --inherit-fd call a terminal: its device number, and that of the file
+    system of its node.
+    """
     return f"tty[{rdev:x}:{dev:x}]"
 
 
@@ -37,7 +47,8 @@ def name_of(info: Message) -> str:
 
 
 def open_pair(ptmx: str, index: int, flags: int) -> int:
-    """The master of a new pty with the number ``index``, unlocked; raises Unsupported where that number is in use.
+    """The master of a new pty with the number ``index``, unlocked; raises Unsupported where that
+    number is in use.
 
     devpts gives out the lowest free number: what comes before the wanted one is held meanwhile.
     """
@@ -75,8 +86,9 @@ def ptmx_beside(path: str) -> str:
 def controlled(slave: int, flags: int) -> int:
     """A /dev/tty that leads to ``slave``, which must not have a session.
 
-    Only who has it as the controlling terminal can open that. So a child takes it for the moment; when it ends, a pty is
-    merely given up, and only the child's own group gets SIGHUP (drivers/tty/tty_jobctrl.c, disassociate_ctty).
+    Only who has it as the controlling terminal can open that. So a child takes it for the moment;
+    when it ends, a pty is merely given up, and only the child's own group gets SIGHUP
+    (drivers/tty/tty_jobctrl.c, disassociate_ctty).
     """
     ready, to_parent = os.pipe2(os.O_CLOEXEC)
     from_parent, go = os.pipe2(os.O_CLOEXEC)
@@ -115,7 +127,9 @@ def terminals(ctx: BuildContext) -> Terminals:
 
 
 class Terminals:
-    """All terminals of the images. Those of one pty are made together, when the first of them is asked for."""
+    """All terminals of the images. Those of one pty are made together, when the first of them is
+    asked for.
+    """
 
     def __init__(self, ctx: BuildContext) -> None:
         self.ctx = ctx
@@ -152,11 +166,18 @@ class Terminals:
         return self._made.pop(entry.id)
 
     def controlling(self, pid: int) -> int:
-        """The builder's descriptor of the terminal whose session ``pid`` leads, a master if there is one; -1: none."""
+        """The builder's descriptor of the terminal whose session ``pid`` leads, a master if
+        there is one; -1: none.
+        """
         best = -1
         for entry in self.files:
             info = self._info(entry)
-            if info.sid != pid or not pid or entry.id in self._outside or info.type in (CTTY, EXTERNAL):
+            if (
+                info.sid != pid
+                or not pid
+                or entry.id in self._outside
+                or info.type in (CTTY, EXTERNAL)
+            ):
                 continue
             if entry.id in self.ctx.built and (best < 0 or is_master(info)):
                 best = self.ctx.built[entry.id]
@@ -164,12 +185,16 @@ class Terminals:
 
     def foreground(self, pid: int) -> int:
         """The foreground process group of the session that ``pid`` leads; 0: none."""
-        return next((int(info.pgrp) for info in self.infos.values() if info.sid == pid and info.pgrp), 0)
+        return next(
+            (int(info.pgrp) for info in self.infos.values() if info.sid == pid and info.pgrp), 0
+        )
 
     def _info(self, entry: Message) -> Message:
         info = self.infos.get(entry.tty_info_id)
         if info is None:
-            raise ImageError("tty-info.img", "", f"no terminal {entry.tty_info_id}, which file {entry.id} is")
+            raise ImageError(
+                "tty-info.img", "", f"no terminal {entry.tty_info_id}, which file {entry.id} is"
+            )
         return info
 
     def _path(self, entry: Message, otherwise: str) -> str:
@@ -190,24 +215,31 @@ class Terminals:
         if given >= 0 or info.type == EXTERNAL:
             self._put(entry, self._connect(given, entry, info))
         elif info.type == CTTY:
-            slave = self._slave_info_of_session(info.sid)
-            if slave is None or not self._master_file(slave.pty.index):
-                self._put(entry, self._ctty_of_caller(entry, info))
-            else:
-                self._make_pair(slave.pty.index)
+            self._make_ctty(entry, info)
         elif info.type != PTY:
             self._put(entry, self._device(entry, info))
         elif not is_master(info) and not info.HasField("termios"):
             self._put(entry, self._hung(entry, info))
-        elif self._master_file(info.pty.index) or self.ctx.options.orphan_pts_master:
+        elif self._is_ours(info.pty.index):
             self._make_pair(info.pty.index)
         else:
             self._put(entry, self._callers_terminal(entry, info))
 
     # --- ptys
 
-    def _slave_info_of_session(self, sid: int) -> Message | None:
-        return next((i for i in self.infos.values() if i.type == PTY and sid and i.sid == sid), None)
+    def _make_ctty(self, entry: Message, info: Message) -> None:
+        behind = [i for i in self.infos.values() if i.type == PTY and i.sid and i.sid == info.sid]
+        given = next((fd for fd in map(self._given, behind) if fd >= 0), -1)
+        if given >= 0:
+            self._put(entry, controlled(given, entry.flags))
+        elif behind and self._is_ours(behind[0].pty.index):
+            self._make_pair(behind[0].pty.index)
+        else:
+            self._put(entry, self._ctty_of_caller(entry, info))
+
+    def _is_ours(self, index: int) -> bool:
+        """Is the whole pty made here, or is its master outside?"""
+        return self._master_file(index) is not None or self.ctx.options.orphan_pts_master
 
     def _master_file(self, index: int) -> Message | None:
         for entry in self.files:
@@ -221,7 +253,9 @@ class Terminals:
         mine = [
             (entry, info)
             for entry in self.files
-            if (info := self._info(entry)).type == PTY and info.pty.index == index and info.HasField("termios")
+            if (info := self._info(entry)).type == PTY
+            and info.pty.index == index
+            and info.HasField("termios")
         ]
         slaves = [(entry, info) for entry, info in mine if not is_master(info)]
         owner = self._master_file(index)
@@ -230,13 +264,19 @@ class Terminals:
             self._put(owner, master)
             master = self._made[owner.id]
         else:
-            master = open_pair(ptmx_beside(self._path(slaves[0][0], "/dev/pts/0")), index, os.O_RDWR)
+            master = open_pair(
+                ptmx_beside(self._path(slaves[0][0], "/dev/pts/0")), index, os.O_RDWR
+            )
             master = self.ctx.keep(master)
             self.ctx.memo.setdefault("orphan pts masters", []).append(master)
         for entry, _ in slaves:
             self._put(entry, tty.open_peer(master, entry.flags))
-        infos = [info for info in self.infos.values() if info.type == PTY and info.pty.index == index]
-        own = next((i for i in infos if not is_master(i) and i.HasField("termios")), None)
+        infos = [
+            info
+            for info in self.infos.values()
+            if info.type == PTY and info.pty.index == index and info.HasField("termios")
+        ]
+        own = next((i for i in infos if not is_master(i)), None)
         controlled_by = {info.sid for info in infos if info.sid}
         peer = -1
         if own is not None or controlled_by:
@@ -262,7 +302,7 @@ class Terminals:
 
     def _dress(self, master: int, peer: int, infos: list[Message], mode: int) -> None:
         """Settings, size, owner and unread bytes. ``peer`` is a slave of our own or -1."""
-        told = next((i for i in sorted(infos, key=is_master) if i.HasField("termios")), None)
+        told = min(infos, key=is_master, default=None)
         if told is None:
             return
         settings = Termios.of_entry(told.termios)
@@ -295,7 +335,9 @@ class Terminals:
             fcntl.ioctl(master, tty.TIOCEXCL)
         tty.tell(master, tty.TIOCSPTLCK, int(info.locked))
 
-    def _lock(self, master: int, slaves: list[tuple[Message, Message]], infos: list[Message]) -> None:
+    def _lock(
+        self, master: int, slaves: list[tuple[Message, Message]], infos: list[Message]
+    ) -> None:
         """What makes opening or setting harder comes last."""
         for entry, info in slaves:
             if info.exclusive:
@@ -306,7 +348,9 @@ class Terminals:
                 self._set_packets(master, info)
 
     def _hung(self, entry: Message, info: Message) -> int:
-        """A slave whose master has been closed; of its number only the path tells, so another one will do."""
+        """A slave whose master has been closed; of its number only the path tells, so another
+        one will do.
+        """
         try:
             master = open_pair("/dev/ptmx", info.pty.index, os.O_RDWR)
         except Unsupported:
@@ -326,7 +370,9 @@ class Terminals:
     def _connect(self, given: int, entry: Message, info: Message) -> int:
         if given < 0:
             key = key_of(info.rdev, info.dev)
-            raise Unsupported("it is outside of the tree", hint=f"--inherit-fd fd[N]:{key} with a terminal as N")
+            raise Unsupported(
+                "it is outside of the tree", hint=f"--inherit-fd fd[N]:{key} with a terminal as N"
+            )
         fd = _another(given, entry.flags)
         self._adapt(fd, info)
         return fd
@@ -339,7 +385,9 @@ class Terminals:
             raise Unsupported("its other end was outside of the tree", hint=hint)
         own = next((fd for fd in (0, 1, 2) if os.isatty(fd)), -1)
         if own < 0:
-            raise Unsupported("it is to be connected to your terminal, but there is none", hint=hint)
+            raise Unsupported(
+                "it is to be connected to your terminal, but there is none", hint=hint
+            )
         self._outside.add(entry.id)
         fd = _another(own, entry.flags)
         self._adapt(fd, info)
@@ -347,7 +395,9 @@ class Terminals:
 
     def _ctty_of_caller(self, entry: Message, info: Message) -> int:
         if not self.ctx.options.shell_job:
-            raise Unsupported("the terminal of its session is not in the images", hint="--shell-job")
+            raise Unsupported(
+                "the terminal of its session is not in the images", hint="--shell-job"
+            )
         self._outside.add(entry.id)
         try:
             return os.open("/dev/tty", entry.flags & _OPENABLE | os.O_NOCTTY | os.O_CLOEXEC)
@@ -372,7 +422,7 @@ class Terminals:
         """A terminal that belongs to the machine, opened again by its path."""
         path = self._path(entry, "")
         key = key_of(info.rdev, info.dev)
-        hint = f"--external {key} at the dump and --inherit-fd fd[N]:{key} now connect it to another one"
+        hint = f"--external {key} at the dump, --inherit-fd fd[N]:{key} now: another is given to it"
         if not path:
             raise Unsupported("the images do not tell its path", hint=hint)
         try:
@@ -414,5 +464,3 @@ def _set_quietly(fd: int, settings: Termios) -> None:
         settings.apply(fd)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-

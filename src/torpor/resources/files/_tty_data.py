@@ -1,13 +1,16 @@
 """What waits in a pty to be read: taken out at a dump, and put into a pty.
 
-The kernel shows these bytes to nobody but a reader, so a dump takes them out, and puts them back where the tasks go on.
-That is done by a process of its own, the :class:`Keeper`: should the dump be killed, the keeper puts the bytes back.
+The kernel shows these bytes to nobody but a reader, so a dump takes them out, and puts them back
+where the tasks go on. That is done by a process of its own, the :class:`Keeper`: should the dump
+be killed, the keeper puts the bytes back.
 
-Bytes are put in by TIOCSTI, which passes them to the line discipline at once (a write to the other end would go through a
-work queue), while the settings are such that nothing is echoed, translated or taken for a signal.
+Bytes are put in by TIOCSTI, which passes them to the line discipline at once (a write to the other
+end would go through a work queue), while the settings are such that nothing is echoed, translated
+or taken for a signal.
 
-The form of the bytes is that of typing: for a terminal that gathers lines, a line that was ended by the EOF character is
-followed by it, and such characters inside of a line are quoted by LNEXT. Kernel: drivers/tty/n_tty.c
+The form of the bytes is that of typing: for a terminal that gathers lines, a line that was ended
+by the EOF character is followed by it, and such characters inside of a line are quoted by LNEXT.
+Kernel: drivers/tty/n_tty.c
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ import signal
 from ...errors import TorporError
 from .. import _tty_ioctl as tty
 from .._tty_ioctl import ICANON, IEXTEN, VEOF, VEOL, VEOL2, VLNEXT, Termios
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: N_TTY_BUF_SIZE less one: what the line discipline holds. More waits unprocessed in front of it.
 LINE_BYTES_MAX = 4095
@@ -50,6 +57,7 @@ class Keeper:
         from_child, to_parent = os.pipe2(os.O_CLOEXEC)
         from_parent, to_child = os.pipe2(os.O_CLOEXEC)
         self.taken: dict[int, bytes] = {}
+        self._ends = ends
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -80,21 +88,31 @@ class Keeper:
             except BrokenPipeError:
                 pass
             os.close(self._command)
-            os.waitpid(self._pid, 0)
+            _, status = os.waitpid(self._pid, 0)
             self._pid = 0
+            if status and put_back:  # it was killed, so this process does it
+                _put_back([(end, self.taken.get(end.info_id, b"")) for end in self._ends])
 
 
 def _keep(ends: list[End], out: int, commands: int) -> None:
     """The keeper's life. No signal meant for the dump's process group may end it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGTTOU):
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGPIPE,
+        signal.SIGTTOU,
+    ):
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
-    taken: list[tuple[End, bytes]] = []
+    taken: list[tuple[End, bytearray]] = []
     forget = False
     try:
         for end in ends:
-            data = take(end)
+            data = bytearray()
             taken.append((end, data))
+            take(end, data)
             message = len(data).to_bytes(4, "little") + data
             while message:
                 message = message[os.write(out, message) :]
@@ -102,9 +120,13 @@ def _keep(ends: list[End], out: int, commands: int) -> None:
         forget = os.read(commands, 1) == b"f"
     finally:
         if not forget:
-            for end, data in taken:
-                if data:
-                    put(end, data, tty.termios(end.master))
+            _put_back(taken)
+
+
+def _put_back(taken: Sequence[tuple[End, bytes | bytearray]]) -> None:
+    for end, data in taken:
+        if data:
+            put(end, bytes(data), tty.termios(end.master))
 
 
 def _receive(fd: int) -> bytes:
@@ -123,67 +145,66 @@ def _read_exactly(fd: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def take(end: End) -> bytes:
-    """Take the unread bytes out of one end. ``end.fd`` of a slave must be a description of our own, not blocking."""
+def take(end: End, taken: bytearray) -> None:
+    """Move the unread bytes of one end to ``taken``. ``end.fd`` of a slave must be a description
+    of our own, not blocking.
+    """
     if end.is_master:
         packets = tty.ask(end.fd, tty.TIOCGPKT)
-        if not tty.ask(end.fd, tty.FIONREAD) and not _readable(end.fd):
-            return b""
+        if not tty.ask(end.fd, tty.FIONREAD) and not readable(end.fd):
+            return
         if packets:  # else each read begins with a byte about the state of the terminal
             tty.tell(end.fd, tty.TIOCPKT, 0)
         try:
-            return _take_raw(end.fd)
+            _take_raw(end.fd, taken)
         finally:
             if packets:
                 tty.tell(end.fd, tty.TIOCPKT, 1)
+        return
     settings = tty.termios(end.fd)
-    if not settings.lflag & ICANON:
-        return _take_raw(end.fd)
-    return _take_lines(end.fd, settings)
+    if settings.lflag & ICANON:
+        _take_lines(end.fd, settings, taken)
+    else:
+        _take_raw(end.fd, taken)
 
 
-def _readable(fd: int) -> bool:
-    """Is there something to read? Asking also lets the kernel process what has just arrived (n_tty_poll)."""
+def readable(fd: int) -> bool:
+    """Is there something to read? Asking also lets the kernel process what has just arrived
+    (n_tty_poll).
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return any(what & select.POLLIN for _, what in poll.poll(0))
 
 
-def _take_raw(fd: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while size < UNREAD_BYTES_MAX:
-        _readable(fd)
+def _take_raw(fd: int, taken: bytearray) -> None:
+    while len(taken) < UNREAD_BYTES_MAX:
+        readable(fd)
         waiting = tty.ask(fd, tty.FIONREAD)
         if waiting <= 0:
             break
-        part = os.read(fd, waiting)
-        parts.append(part)
-        size += len(part)
-    return b"".join(parts)
+        taken += os.read(fd, waiting)
 
 
-def _take_lines(fd: int, settings: Termios) -> bytes:
+def _take_lines(fd: int, settings: Termios, taken: bytearray) -> None:
     """All complete lines as they are, then what is typed so far of the next one."""
-    parts: list[bytes] = []
-    size = 0
-    while size < UNREAD_BYTES_MAX and _readable(fd):
+    while len(taken) < UNREAD_BYTES_MAX and readable(fd):
         try:
             line = os.read(fd, LINE_BYTES_MAX + 1)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EIO):
                 break
             raise
-        parts.append(typed(line, settings))
-        size += len(line) + 1
-    # A line that is not ended can be read only when lines do not matter. Nothing is lost by this setting if all complete
-    # lines are gone; it would lose their ends (n_tty_set_termios).
+        taken += typed(line, settings)
+    # A line that is not ended can be read only where lines do not matter. That setting loses
+    # nothing once all complete lines are gone; it would lose their ends (n_tty_set_termios).
+    rest = bytearray()
     settings.changed(lflag=settings.lflag & ~ICANON).apply(fd)
     try:
-        parts.append(quoted(_take_raw(fd), settings))
+        _take_raw(fd, rest)
     finally:
         settings.apply(fd)
-    return b"".join(parts)
+        taken += quoted(rest, settings)
 
 
 def typed(line: bytes, settings: Termios) -> bytes:
@@ -194,19 +215,21 @@ def typed(line: bytes, settings: Termios) -> bytes:
     return quoted(line, settings) + bytes([settings.cc[VEOF]])
 
 
-def quoted(text: bytes, settings: Termios) -> bytes:
+def quoted(text: bytes | bytearray, settings: Termios) -> bytes:
     """``text`` with LNEXT before each character that would end a line, where there is an LNEXT."""
     quote = settings.cc[VLNEXT]
     if not settings.lflag & IEXTEN or not quote:
-        return text
+        return bytes(text)
     special = ({10, quote} | {settings.cc[index] for index in (VEOF, VEOL, VEOL2)}) - {0}
     if special.isdisjoint(text):
-        return text
+        return bytes(text)
     return b"".join(bytes([quote, byte]) if byte in special else bytes([byte]) for byte in text)
 
 
 def silent(settings: Termios) -> Termios:
-    """Settings under which typed bytes have no effect but to be there; ICANON must not differ (it would lose them)."""
+    """Settings under which typed bytes have no effect but to be there; ICANON must not differ
+    (it would lose them).
+    """
     cc = bytearray(tty.NCCS)
     lflag = settings.lflag & (ICANON | tty.EXTPROC)
     if lflag & ICANON:
@@ -219,7 +242,9 @@ def silent(settings: Termios) -> Termios:
 
 
 def put(end: End, data: bytes, settings: Termios) -> None:
-    """Put ``data`` into one end so that it can be read there; ``settings`` are those the pty has afterwards."""
+    """Put ``data`` into one end so that it can be read there; ``settings`` are those the pty has
+    afterwards.
+    """
     if end.is_master:
         _type(end.fd, data)
         return
@@ -249,4 +274,6 @@ def _write(fd: int, data: bytes) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     while data and poll.poll(0):
-        data = data[os.write(fd, data[:1]) :]  # of more, a part might be written and the rest waited for
+        data = data[
+            os.write(fd, data[:1]) :
+        ]  # of more, a part might be written and the rest waited for

@@ -19,9 +19,9 @@ _OTHERS = (
     "the program must be told to close it before the dump and to make it again after the restore"
 )
 
-# : Link in /proc/PID/fd, or how it begins (``*``) → (what it is and why it is refused, hint). The
+#: Link in /proc/PID/fd, or how it begins (``*``) → (what it is and why it is refused, hint). The
 # first one holds.
-LINKS = {
+KNOWN = {
     "/secretmem (deleted)": (
         "memory of memfd_secret(2), which nobody but the task may read",
         _CLOSE,
@@ -66,9 +66,7 @@ LINKS = {
     "anon_inode:[vfio*": ("a device passed through (VFIO)", _OTHERS),
     "anon_inode:sync_file": ("a fence of a graphics driver", _OTHERS),
     "anon_inode:dmabuf": ("a buffer shared with a device", _OTHERS),
-    "/dmabuf:*": ("a buffer shared with a device", _OTHERS),
     "anon_inode:*": ("a kind of file that Torpor does not know", _CLOSE),
-    "/dev/mqueue/*": ("a POSIX message queue", _CLOSE),
 }
 #: The files of /proc/PID/ns, and what setns(2) takes in general.
 NAMESPACES = (
@@ -84,7 +82,7 @@ NAMESPACES = (
     "uts",
 )
 
-# : Devices whose open descriptions hold state that nobody but the driver can see: (major, minor or
+#: Devices whose open descriptions hold state that nobody but the driver can see: (major, minor or
 # -1 for all) → name. : Documentation/admin-guide/devices.txt
 DEVICES = {
     (10, 200): "a network tunnel (/dev/net/tun)",
@@ -105,6 +103,7 @@ DEVICES = {
 class Refused(FileResource):
     """What no other resource takes."""
 
+    LINKS = ("/secretmem (deleted)",)  # ahead of what else begins with a slash
     MODES = (
         stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK, 0,
     )  # fmt: skip
@@ -130,7 +129,7 @@ def reason(source: SourceFile) -> Unsupported:
         )
     if stat.S_ISCHR(source.stat.st_mode):
         return _device(source)
-    for pattern, (what, hint) in LINKS.items():
+    for pattern, (what, hint) in KNOWN.items():
         if source.link == pattern or (pattern[-1] == "*" and source.link.startswith(pattern[:-1])):
             return unsupported(source, what, hint=hint)
     kind, colon, _ = source.link.partition(":[")

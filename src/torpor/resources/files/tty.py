@@ -1,13 +1,15 @@
 """Terminals: both ends of ptys, /dev/tty, consoles and serial lines, and terminals from outside.
 
-Image: file_entry.tty (tty_file_entry) for a description, tty-info for the terminal behind it, tty-data for what waits to be
-read in a pty, a reg_file_entry for the path. Kernel: drivers/tty/
+Image: file_entry.tty (tty_file_entry) for a description, tty-info for the terminal behind it,
+tty-data for what waits to be read in a pty, a reg_file_entry for the path. Kernel: drivers/tty/
 
-A pty is dumped whole where its master is in the tree. If only the slave is, the terminal is the shell's that the tree was
-started from, and a restore connects it to another one (--shell-job, --inherit-fd). What belongs to a machine, such as the
-console, is opened again by its path. The controlling terminal is set by its session's leader: see :func:`emit_session`.
+A pty is dumped whole where its master is in the tree. If only the slave is, the terminal is the
+shell's that the tree was started from, and a restore connects it to another one (--shell-job,
+--inherit-fd). What belongs to a machine, such as the console, is opened again by its path. The
+controlling terminal is set by its session's leader: see :func:`emit_session`.
 
-Not seen from outside, and so not kept: output stopped by TCXOFF, a status byte of packet mode that was not read yet.
+Not seen from outside, and so not kept: output stopped by TCXOFF, a status byte of packet mode that
+was not read yet, and what was written to a master whose slave nobody in the tree has or had open.
 """
 
 from __future__ import annotations
@@ -24,19 +26,18 @@ from ...images import schema as pb
 from .. import _tty_ioctl as tty
 from ..base import FileResource, unsupported
 from . import _tty_build
-from ._tty_data import End, Keeper
+from ._tty_data import End, Keeper, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from ...images.schema import Message
     from ...remote.program import Program
     from ..base import BuildContext, DumpContext, SourceFile
 
 PTY, CONSOLE, VT, CTTY, EXTERNAL, SERIAL = range(1, 7)  # enum TtyType
 _REG = 1
-#: Numbers that CRIU gives to terminals that are no ptys; those of ptys are 2 * index, the master's 2 * index + 1.
+#: Numbers that CRIU gives to terminals that are no ptys; those of ptys are 2 * index, the master's
+#: 2 * index + 1.
 _FIXED_IDS = {CONSOLE: 2004, VT: 2008, CTTY: 2012, SERIAL: 2020, EXTERNAL: 2024}
 _FREE_IDS = 1 << 21  # above all that ptys can have
 _SERIAL_MAJORS = {166, 188, 204, 229}  # ttyACM, ttyUSB, ttyAMA and its kind, hvc
@@ -44,7 +45,9 @@ _N_TTY = 0
 
 
 class Kind:
-    """What a terminal is: ``type`` of the constants above, ``index`` of a pty, whether it is its master."""
+    """What a terminal is: ``type`` of the constants above, ``index`` of a pty, whether it is its
+    master.
+    """
 
     __slots__ = ("index", "master", "type")
 
@@ -69,7 +72,9 @@ def device_type(rdev: int) -> int:
 
 
 class Pair:
-    """A pty as far as it was seen: descriptors of ours for its ends (-1: not held by the tree), numbers of its infos."""
+    """A pty as far as it was seen: descriptors of ours for its ends (-1: not held by the tree),
+    numbers of its infos.
+    """
 
     __slots__ = ("index", "label", "master", "master_info", "slave", "slave_info")
 
@@ -152,7 +157,8 @@ def _pair(ctx: DumpContext, index: int) -> Pair:
 
 
 def unpaired(ctx: DumpContext) -> list[TorporError]:
-    """What all files together lack: an error for each pty of which only the slave is in the tree, unless that is allowed.
+    """What all files together lack: an error for each pty of which only the slave is in the tree,
+    unless that is allowed.
 
     For the preflight, after every file was checked.
     """
@@ -161,8 +167,8 @@ def unpaired(ctx: DumpContext) -> list[TorporError]:
     return [
         Unsupported(
             f"{pair.label}: the terminal's other end is outside of the tree",
-            hint="--shell-job connects the tree to your terminal when it is restored; or start it with `setsid` and "
-            "without the terminal",
+            hint="--shell-job connects the tree to your terminal when it is restored; "
+            "or start it with `setsid` and without the terminal",
         )
         for pair in ctx.memo.get(("tty", "pairs"), {}).values()
         if pair.slave >= 0 and pair.master < 0
@@ -172,9 +178,12 @@ def unpaired(ctx: DumpContext) -> list[TorporError]:
 def _path_entry(source: SourceFile, ctx: DumpContext) -> int:
     """The id of a new reg_file_entry with the path of the terminal."""
     entry = pb.reg_file_entry(
-        id=ctx.new_id("file"), flags=source.flags, pos=0, name=source.link.removesuffix(" (deleted)"),
+        id=ctx.new_id("file"),
+        flags=source.flags,
+        pos=0,
+        name=source.link.removesuffix(" (deleted)"),
         mode=source.stat.st_mode,
-    )  # fmt: skip
+    )
     entry.fown.CopyFrom(pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0))
     ctx.images.append("files", pb.file_entry(type=_REG, id=entry.id, reg=entry))
     number: int = entry.id
@@ -192,7 +201,13 @@ def _info_id(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> int:
     if hung:
         key: tuple[object, ...] = ("hung", source.id)
     else:
-        key = (kind.type, kind.index, kind.master, rdev if kind.type != PTY else 0, sid if kind.type == CTTY else 0)
+        key = (
+            kind.type,
+            kind.index,
+            kind.master,
+            rdev if kind.type != PTY else 0,
+            sid if kind.type == CTTY else 0,
+        )
     if key in numbers:
         found: int = numbers[key]
         return found
@@ -213,9 +228,18 @@ def _info_id(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> int:
 
 def _info_entry(status: os.stat_result, number: int, kind: Kind) -> Message:
     entry = pb.tty_info_entry(
-        id=number, type=kind.type, locked=False, exclusive=False, packet_mode=False, sid=0, pgrp=0,
-        rdev=status.st_rdev, dev=status.st_dev, uid=status.st_uid, gid=status.st_gid,
-    )  # fmt: skip
+        id=number,
+        type=kind.type,
+        locked=False,
+        exclusive=False,
+        packet_mode=False,
+        sid=0,
+        pgrp=0,
+        rdev=status.st_rdev,
+        dev=status.st_dev,
+        uid=status.st_uid,
+        gid=status.st_gid,
+    )
     if kind.type == PTY:
         entry.pty.index = kind.index
     return entry
@@ -228,7 +252,9 @@ def _settings(fd: int, entry: Message) -> None:
     entry.termios.CopyFrom(tty.termios(fd).entry())
     entry.termios_locked.CopyFrom(tty.termios_locked(fd).entry())
     rows, columns, width, height = tty.winsize(fd)
-    entry.winsize.CopyFrom(pb.winsize_entry(ws_row=rows, ws_col=columns, ws_xpixel=width, ws_ypixel=height))
+    entry.winsize.CopyFrom(
+        pb.winsize_entry(ws_row=rows, ws_col=columns, ws_xpixel=width, ws_ypixel=height)
+    )
 
 
 def _behind_ctty(source: SourceFile, fd: int, kind: Kind) -> Kind:
@@ -240,9 +266,11 @@ def _behind_ctty(source: SourceFile, fd: int, kind: Kind) -> Kind:
 
 
 def _session(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> tuple[int, int]:
-    """Session and foreground process group of a terminal, as the tree numbers them; (0, 0) where it has none.
+    """Session and foreground process group of a terminal, as the tree numbers them; (0, 0) where
+    it has none.
 
-    Only a master tells an outsider (TIOCGSID); of other terminals those tasks do whose controlling terminal it is.
+    Only a master tells an outsider (TIOCGSID); of other terminals those tasks do whose controlling
+    terminal it is.
     """
     sid = pgrp = 0
     if kind.master:
@@ -260,9 +288,10 @@ def _session(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> tuple
         if ctx.options.shell_job:
             return 0, 0
         raise unsupported(
-            source, f"it is the terminal of session {sid}, whose leader is outside of the tree",
+            source,
+            f"it is the terminal of session {sid}, whose leader is outside of the tree",
             hint="--shell-job connects the tree to your terminal when it is restored",
-        )  # fmt: skip
+        )
     group = next((task.group for task in ctx.tasks.values() if task.stat.pgrp == pgrp), 0)
     return leader.vpid, group
 
@@ -288,10 +317,12 @@ class Unread:
 
 
 def finish(ctx: DumpContext) -> Unread:
-    """After all files: refuse ptys with half of them missing, write what waits in the others to tty-data.
+    """After all files: refuse ptys with half of them missing, write what waits in the others to
+    tty-data.
 
-    From then on the bytes are kept by a process of their own: call one of the methods of what is returned, :meth:`put_back`
-    if anything fails. Should this process die, they are put back as well.
+    From then on the bytes are kept by a process of their own: call one of the methods of what is
+    returned, :meth:`put_back` if anything fails. Should this process die, they are put back as
+    well.
     """
     for error in unpaired(ctx):
         raise error
@@ -322,42 +353,34 @@ def _ends(pair: Pair, ctx: DumpContext) -> list[End]:
     if slave >= 0:
         if not pair.slave_info:
             _add_slave_info(pair, slave, ctx)
-        if pair.slave >= 0 and os.fstat(slave).st_dev != os.fstat(pair.slave).st_dev:
-            if device_type(os.fstat(pair.slave).st_rdev) == PTY:
-                raise Unsupported(f"there are two terminals /dev/pts/{pair.index}, of different mounts of devpts")
-        found.append(End(pair.slave_info, slave, pair.master, False))
+        elif os.fstat(slave).st_dev != os.fstat(pair.slave).st_dev:
+            raise Unsupported(
+                f"there are two terminals /dev/pts/{pair.index}, of different mounts of devpts"
+            )
+        # Part of a line is not seen before it is read.
+        if tty.termios(slave).lflag & tty.ICANON or readable(slave):
+            found.append(End(pair.slave_info, slave, pair.master, False))
     # Nobody can read from a master that is open for writing only.
-    readable = fcntl.fcntl(pair.master, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
-    if readable and _has_unread(pair.master):
+    write_only = fcntl.fcntl(pair.master, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+    if not write_only and readable(pair.master) and tty.ask(pair.master, tty.FIONREAD):
         found.append(End(pair.master_info, pair.master, pair.master, True))
     return found
-
-
-def _has_unread(master: int) -> bool:
-    return bool(tty.ask(master, tty.FIONREAD)) or bool(_events(master) & select.POLLIN)
-
-
-def _events(fd: int) -> int:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return next((what for _, what in poll.poll(0)), 0)
 
 
 def _own_slave(pair: Pair, ctx: DumpContext) -> int:
     """A description of our own of a pty's slave, not blocking; -1 where none may be opened.
 
-    Opening a slave and closing it again is seen at the master where nobody else has it open: it reads EIO from then on. So
-    that is not done to a slave that was never opened, except where the tree is going to end anyway.
+    Opening a slave and closing it again is seen at the master where nobody else has it open: it
+    reads EIO from then on. So only a slave that the tree holds, or that was open once and is
+    closed, is opened.
     """
-    closed = bool(_events(pair.master) & select.POLLHUP)
-    ends = not ctx.options.leave_running and not ctx.options.leave_stopped
-    if pair.slave < 0 and not closed and not ends:
+    poll = select.poll()
+    poll.register(pair.master, 0)
+    closed = any(what & select.POLLHUP for _, what in poll.poll(0))
+    if pair.slave < 0 and not closed:
         return -1
-    never = pair.slave < 0 and not closed
     locked = tty.ask(pair.master, tty.TIOCGPTLCK)
     if locked:
-        if never:
-            return -1  # and nobody could have
         tty.tell(pair.master, tty.TIOCSPTLCK, 0)
     try:
         slave = tty.open_peer(pair.master, os.O_RDWR | os.O_NONBLOCK)
@@ -365,13 +388,11 @@ def _own_slave(pair: Pair, ctx: DumpContext) -> int:
         if locked:
             tty.tell(pair.master, tty.TIOCSPTLCK, 1)
     ctx.adopt(slave)
-    if never and not _events(slave) & select.POLLIN and tty.termios(slave).lflag & tty.ICANON == 0:
-        return -1
     return slave
 
 
 def _add_slave_info(pair: Pair, slave: int, ctx: DumpContext) -> None:
-    """A slave that no descriptor of the tree leads to: its info tells the restore that it was open once."""
+    """A slave that no descriptor of the tree leads to: its info tells that it was open once."""
     pair.slave_info = 2 * pair.index
     entry = _info_entry(os.fstat(slave), pair.slave_info, Kind(PTY, pair.index))
     _settings(slave, entry)
@@ -379,10 +400,12 @@ def _add_slave_info(pair: Pair, slave: int, ctx: DumpContext) -> None:
 
 
 def emit_session(pid: int, program: Program, ctx: BuildContext) -> None:
-    """Emit the call that gives a session its controlling terminal. ``pid`` is the task's number in the images.
+    """Emit the call that gives a session its controlling terminal. ``pid`` is the task's number in
+    the images.
 
-    To be done by the session's leader, after its setsid(2) and before the other members are cloned: they get the terminal
-    by inheritance only (kernel/fork.c, copy_signal). It uses the builder's descriptor. For other tasks nothing is emitted.
+    To be done by the session's leader, after its setsid(2) and before the other members are
+    cloned: they get the terminal by inheritance only (kernel/fork.c, copy_signal). It uses the
+    builder's descriptor. For other tasks nothing is emitted.
     """
     fd = _tty_build.terminals(ctx).controlling(pid)
     if fd >= 0:
@@ -392,8 +415,8 @@ def emit_session(pid: int, program: Program, ctx: BuildContext) -> None:
 def emit_foreground(pid: int, program: Program, ctx: BuildContext) -> None:
     """Emit the call that makes a process group that of the foreground.
 
-    To be done by the session's leader, once all members have joined their groups. Its own group is in the foreground until
-    then, so that SIGTTOU does not come into it.
+    To be done by the session's leader, once all members have joined their groups. Its own group is
+    in the foreground until then, so that SIGTTOU does not come into it.
     """
     terminals = _tty_build.terminals(ctx)
     fd = terminals.controlling(pid)
@@ -401,7 +424,9 @@ def emit_foreground(pid: int, program: Program, ctx: BuildContext) -> None:
     if fd >= 0 and group:
         # A group that has ended by now, in images of CRIU, leaves the leader's in the foreground.
         gone = (errno.ESRCH, errno.EPERM)
-        program.call("ioctl", fd, tty.TIOCSPGRP, struct.pack("<i", group), may_fail=gone, why="foreground")
+        program.call(
+            "ioctl", fd, tty.TIOCSPGRP, struct.pack("<i", group), may_fail=gone, why="foreground"
+        )
 
 
 RESOURCE = Tty()
