@@ -22,11 +22,16 @@ def subreaper() -> None:
 
 
 @pytest.fixture
-def start(tmp_path: object) -> Iterator[Targets]:
-    """Starts programs to be snapshotted: ``start.c(source)``, ``.python(source)``, ``.command(*argv)``."""
-    targets = Targets(str(tmp_path))
-    yield targets
-    targets.end()
+def start() -> Iterator[Targets]:
+    """Starts programs to be snapshotted: ``start.c(source)``, ``.python(source)``, ``.command(*argv)``.
+
+    Their folders are open to other users, since some of them change who they are.
+    """
+    with tempfile.TemporaryDirectory(prefix="targets-") as folder:
+        os.chmod(folder, 0o755)
+        targets = Targets(folder)
+        yield targets
+        targets.end()
 
 
 @pytest.fixture

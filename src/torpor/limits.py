@@ -17,12 +17,12 @@ IMAGE_BYTES_MAX = 1 << 30
 #: Messages of one image. More runs of pages than that take minutes just to look at.
 IMAGE_ENTRIES_MAX = 1 << 24
 
-#: One payload that is read into memory: what waits in a pipe, a socket or a message queue.
-#: pipe(7) and sockets stop at 2 GiB; the contents of files are copied, not read, see
-#: ImageReader.spans.
-PAYLOAD_BYTES_MAX = 1 << 31
+#: One payload that is read into memory: what waits in a pipe, a socket or a message queue. None of
+#: them holds more than one read(2) can give (MAX_RW_COUNT, include/linux/fs.h); the contents of
+#: files may be larger, but are copied, see ImageReader.spans.
+PAYLOAD_BYTES_MAX = (1 << 31) - 4096
 
-#: Semaphores of one set; kernel/ipc/sem.c takes 32000 (SEMMSL), a sysctl more, 16 bits at most.
+#: Semaphores of one set: ipc/sem.c takes 32000 (SEMMSL) unless a sysctl says more.
 SEMAPHORES_MAX = 65535
 
 #: Snapshots behind one another (`parent`): each costs a directory descriptor while pages are read.

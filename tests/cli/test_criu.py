@@ -111,7 +111,7 @@ def test_dump_hands_the_options_to_the_engine(criu, tmp_path: Path) -> None:
     assert done.err == ""
     wanted = (
         f"dump 42 Options(pid=42, images_dir='{tmp_path}/images', work_dir='{tmp_path}/images', "
-        f"shell_job=True, share_pages=False, log_level=4, "
+        "shell_job=True, log_level=4, "
         f"log_file='{tmp_path}/images/dump.log', no_default_config=True)\n"
     )
     assert done.out == wanted
@@ -290,12 +290,6 @@ def test_check_feature(criu) -> None:
     done = criu("check", "--no-default-config", "-verbosity=0", "--feature", "uffd", fake="")
     assert (done.status, done.out, done.err) == (1, "", "")
     assert criu("check", "--feature", "list").out.split() == list(FEATURES)
-
-
-def test_display_stats(criu) -> None:
-    done = criu("dump", "-t", "42", "--display-stats", fake="")
-    assert "Displaying dump stats:\nFrozen time: 5400 us\n" in done.out
-    assert "Memory pages written: 1812 (0x714)\n" in done.out
 
 
 def test_configuration_files_and_their_order(criu, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from images.made import ANNOUNCE, NAMES, entries, least, write_image
@@ -86,6 +86,7 @@ def test_the_frame_is_criu_s(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_what_is_written_is_read(name: str, data: st.DataObject) -> None:
     what = data.draw(entries(name))
@@ -145,7 +146,6 @@ def test_messages_of_queues() -> None:
     messages = [(1, b""), (2**63, b"x"), (7, b"12345678")]
     joined = payload.join_queue(messages)
     assert payload.split_queue(joined, "ipcns-msg-1.img", "entry 0") == messages
-    assert len(joined) % 4 == 0
     assert joined.endswith(b"12345678"), "no padding where none is needed"
 
 

@@ -28,7 +28,6 @@ from .values import apply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ..engine.dump import DumpResult
     from .grammar import Entry
 
 VERBS = (
@@ -212,25 +211,45 @@ def _warn(options: Options, verb: str, line: CommandLine) -> None:
 def _dump(options: Options) -> int:
     from ..engine.dump import dump
 
-    result = dump(options.pid, options)
+    dump(options.pid, options)
     if options.display_stats:
-        out(dump_statistics(result))
+        out(dump_statistics(options.images_dir))
     return 0
 
 
-def dump_statistics(result: DumpResult) -> str:
+def dump_statistics(images_dir: str) -> str:
     """What ``--display-stats`` prints after a dump, in CRIU's lines."""
-    return (
-        "Displaying dump stats:\n"
-        f"Frozen time: {result.frozen_s * 1e6:.0f} us\n"
-        f"Memory pages written: {result.pages} (0x{result.pages:x})\n"
+    from ..images.store import ImageReader
+
+    fd = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        stats = ImageReader(fd).read_one("stats-dump").dump
+    finally:
+        os.close(fd)
+    times = (
+        ("Freezing time", stats.freezing_time),
+        ("Frozen time", stats.frozen_time),
+        ("Memory dump time", stats.memdump_time),
+        ("Memory write time", stats.memwrite_time),
     )
+    pages = (
+        ("Memory pages scanned", stats.pages_scanned),
+        ("Memory pages skipped from parent", stats.pages_skipped_parent),
+        ("Memory pages written", stats.pages_written),
+        ("Lazy memory pages", stats.pages_lazy),
+    )
+    lines = ["Displaying dump stats:"]
+    lines += [f"{name}: {amount} us" for name, amount in times]
+    lines += [f"{name}: {count} (0x{count:x})" for name, count in pages]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _restore(options: Options) -> int:
     from ..engine.restore import restore
 
-    restore(options)
+    result = restore(options)
+    if options.display_stats:
+        out(f"Displaying restore stats:\nRestore time: {result.total_s * 1e6:.0f} us\n")
     if options.restore_detached:
         return 0
     default_signals()

@@ -86,7 +86,7 @@ def criu_usage() -> str:
 
 CRIU_BEFORE = """\
 Torpor's criu: freezes running Linux processes into image files and wakes them again. Its commands,
-options, exit statuses and images are those of CRIU {criu}.
+options and exit statuses are those of CRIU {criu}, and so is the format of its images.
 
 {short}
 The command may stand anywhere among the options. A long option may be shortened as long as it stays

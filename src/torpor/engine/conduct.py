@@ -67,6 +67,15 @@ def _stored_vdso(task: RestoredTask, wanted: tuple[int, int, int]) -> bytes:
     return b""
 
 
+def _loginuid_of(task: RestoredTask) -> int | None:
+    """The login uid to be set, None where it is ours anyway or unknown."""
+    tc = task.core.tc
+    if not tc.HasField("loginuid") or not os.path.exists("/proc/self/loginuid"):
+        return None
+    with open("/proc/self/loginuid", "rb") as file:
+        return None if int(file.read()) == tc.loginuid else int(tc.loginuid)
+
+
 class Conductor:
     """Leads the stubs of one restore through their programs."""
 
@@ -86,7 +95,7 @@ class Conductor:
         stub.subreaper(True)
         self.ctx.undo.add("child subreaper", lambda: stub.subreaper(False))
         root = self.snapshot.root
-        pid, _ = stub.launch([root.pid], self.arena, keep, sibling=sibling)
+        pid, _ = stub.launch([root.pid], self.arena, keep, sibling=sibling, loginuid=_loginuid_of(root))
         self.live[pid] = self.programs[root.pid]
         self.started.append(pid)
         stub.start(pid, self.arena, self.programs[root.pid])

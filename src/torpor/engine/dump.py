@@ -18,7 +18,7 @@ from ..model.source import SourceTask, SourceThread
 from ..remote.guest import Guest
 from ..remote.program import Program
 from ..remote.tracee import Seized
-from ..resources import fs, locks
+from ..resources import fs, locks, remap
 from ..resources.base import DumpContext
 from ..undo import Undo
 from . import collect, cpu, preflight
@@ -94,13 +94,17 @@ class _Dump:
         self.cores: dict[int, Message] = {}
 
     def run(self) -> None:
+        done = False
         try:
             self._freeze()
             self._write()
             self.writer.commit()
             self._finish()
+            done = not self.options.leave_running
         finally:
             self.seized.release_all()
+            if not done:
+                remap.remove_links(self.ctx)
             for task in self.tasks.values():
                 collect.close_handles(task)
             self.ctx.close()
@@ -153,7 +157,7 @@ class _Dump:
         core.tc.personality = 0
         core.tc.flags = task.stat.flags
         core.tc.blk_sigset = 0
-        core.tc.comm = _comm(task.stat.comm)
+        pb.put_bytes(core.tc, "comm", task.stat.comm)
         self.writer.write_one(f"core-{task.vpid}", core)
 
     def _run_getters(self, task: SourceTask) -> None:
@@ -196,7 +200,7 @@ class _Dump:
             core.tc.stop_signo = task.threads[0].stop.signal
         core.tc.exit_code = 0
         core.tc.flags = task.stat.flags
-        core.tc.comm = _comm(task.stat.comm)
+        pb.put_bytes(core.tc, "comm", task.stat.comm)
 
     def _ids(self, task: SourceTask) -> Message:
         entry = pb.task_kobj_ids_entry(
@@ -282,8 +286,4 @@ def _await_end(tid: int, *, leave: bool) -> None:
         pass
 
 
-def _comm(shown: bytes) -> str:
-    from ..proc.comm import unescape
-
-    return unescape(shown).decode(errors="surrogateescape")
 

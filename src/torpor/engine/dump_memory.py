@@ -5,11 +5,12 @@ Which pages exist is asked once for a whole address space (PAGEMAP_SCAN); they g
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import time
 
-from ..errors import TaskGone, doing
+from ..errors import KernelError, TaskGone, doing
 from ..images import schema as pb
 from ..images.pages import PE_PARENT, PE_PRESENT, PagemapWriter
 from ..linux import kernel
@@ -155,9 +156,14 @@ class MemoryDumper:
         view = memoryview(self._buffer)
         for batch in batches(runs):
             total = sum(length for _, length in batch)
-            count = kernel.read_memory_into(task.pid, address, batch)
+            try:
+                count = kernel.read_memory_into(task.pid, address, batch)
+            except KernelError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                count = 0
             if count != total:
-                raise TaskGone(f"task {task.pid}: {total - count} bytes of memory could not be read")
+                read_protected(task, batch, view)
             _write_all(fd, view[:total])
         pages.close()
 
@@ -221,6 +227,17 @@ def batches(runs: list[tuple[int, int]]) -> Any:
                 batch, room = [], CHUNK_BYTES
     if batch:
         yield batch
+
+
+def read_protected(task: SourceTask, batch: list[tuple[int, int]], view: memoryview) -> None:
+    """As process_vm_readv, for memory that the task itself may not read: /proc/PID/mem does not ask."""
+    done = 0
+    for start, length in batch:
+        while length:
+            count = os.preadv(task.mem_fd, [view[done : done + length]], start)
+            if not count:
+                raise TaskGone(f"task {task.pid}: memory at {start:#x} could not be read")
+            done, start, length = done + count, start + count, length - count
 
 
 def _write_all(fd: int, view: memoryview) -> None:

@@ -19,9 +19,11 @@ ADDRESS_END = 0x7FFFFFFFF000
 PAGE = 4096
 
 
-def load(reader: ImageReader) -> Snapshot:
-    """The snapshot in an image set. Raises ImageError naming file and field."""
-    snapshot = Snapshot()
+def load(reader: ImageReader, snapshot: Snapshot) -> None:
+    """Fill in ``snapshot`` from an image set. Raises ImageError naming file and field.
+
+    Whatever happens, the pages files of the tasks that are in it by then are open, for the caller to close.
+    """
     snapshot.inventory = reader.read_one("inventory")
     if snapshot.inventory.img_version != IMAGE_VERSION:
         version = snapshot.inventory.img_version
@@ -37,7 +39,6 @@ def load(reader: ImageReader) -> Snapshot:
     for task in snapshot.tasks.values():
         if task.alive:
             _load_task(reader, task, snapshot, tables)
-    return snapshot
 
 
 def _load_tree(reader: ImageReader, snapshot: Snapshot) -> None:

@@ -64,6 +64,9 @@ def restore(options: Options) -> RestoreResult:
         try:
             work.plan()
             pids = work.run()
+        except BaseException as error:
+            work.ctx.on_failure.roll_back(error)
+            raise
         finally:
             work.close()
     return RestoreResult(work.root_pid, pids, time.monotonic() - started)
@@ -90,9 +93,8 @@ class _Restore:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.undo = Undo()  # taken back in any case: what only the making needs
-        self.on_failure = Undo()
         self.programs: dict[int, Program] = {}
-        self.snapshot: Snapshot
+        self.snapshot = Snapshot()
         self.arena: stub.Arena | None = None
         self.root_pid = 0
         try:
@@ -107,6 +109,9 @@ class _Restore:
     def close(self) -> None:
         """Take back everything that tasks do not hold; after an error, everything."""
         self.undo.roll_back()
+        for task in self.snapshot.tasks.values() if self.snapshot else ():
+            if task.pages is not None:
+                task.pages.close()
         for fd in self.ctx.kept:
             os.close(fd)
         self.ctx.kept.clear()
@@ -120,7 +125,8 @@ class _Restore:
     def plan(self) -> None:
         """Load and check the images, make the shared objects, write every task's program."""
         self._raise_fd_limit()
-        snapshot = self.snapshot = load.load(self.reader)
+        snapshot = self.snapshot
+        load.load(self.reader, snapshot)
         self.helpers = plan.add_helpers(snapshot, self.options.shell_job)
         plan.check_sessions(snapshot)
         self._check()
@@ -176,6 +182,8 @@ class _Restore:
                 if file_id not in self.ctx.built:
                     with doing(f"task {task.pid}"), doing(f"fd {fd}"):
                         self.ctx.build(file_id)
+        for hook in self.ctx.memo.get("after_build", ()):
+            hook()
         restore_memory.prepare(self.snapshot, self.ctx)
         for task in self.snapshot.tasks.values():
             if task.alive:
@@ -380,10 +388,11 @@ class _Restore:
             conductor.set_registers(cpu)
             if self.options.pidfile:
                 self._write_pidfile()
+            for hook in self.ctx.memo.get("after_restore", ()):
+                hook()
             conductor.release()
         except BaseException as error:
             conductor.abort()
-            self.on_failure.roll_back(error)
             if isinstance(error, TorporError):
                 log.error(str(error))
             raise
@@ -392,7 +401,7 @@ class _Restore:
     def _write_pidfile(self) -> None:
         from .pidfile import write
 
-        write(self.options, self.root_pid, self.on_failure)
+        write(self.options, self.root_pid, self.ctx.on_failure)
 
 
 class _Place:

@@ -16,6 +16,7 @@ import binascii
 import json
 import os
 
+from .. import limits
 from ..errors import ImageError
 from . import magic, payload, store
 from . import schema as pb
@@ -171,7 +172,7 @@ def load(fd: int, file: str, *, pretty: bool = False, payloads: bool = True) -> 
     for index, span in enumerate(store.scan(fd, image, file)):
         entry = decode_message(span.message, pretty=pretty)
         if image.payload:
-            extra = _extra(fd, image, span, payloads=payloads, index=index)
+            extra = _extra(fd, file, image, span, index, payloads=payloads)
             if extra is not None:
                 entry["extra"] = extra
         entries.append(entry)
@@ -245,7 +246,8 @@ def decode_message(message: Any, *, pretty: bool = False, hexadecimal: bool = Fa
     kind = message.DESCRIPTOR.name
     for field, value in message.ListFields():
         repeated = _is_repeated(field)
-        if pretty and repeated and field.name in _ADDRESSES.get(kind, "").split():
+        address = repeated and field.name in _ADDRESSES.get(kind, "").split()
+        if pretty and address and len(value) in (1, 4):
             shown[field.name] = [ip_address(value)]
             continue
         show = _printer(kind, field, pretty=pretty, hexadecimal=hexadecimal)
@@ -406,13 +408,11 @@ def _unquoted(value: str) -> bytes:
 
 
 def ip_address(words: Any) -> str:
-    """An IP address from words of 32 bits that are in network order: one, or four."""
+    """An IP address from one or four words of 32 bits that are in network order."""
     import ipaddress
 
     packed = b"".join(word.to_bytes(4, "little") for word in words)
-    if len(packed) == 4:
-        return str(ipaddress.IPv4Address(packed))
-    return str(ipaddress.IPv6Address(packed[:16].ljust(16, b"\0")))
+    return str(ipaddress.ip_address(packed))
 
 
 def _address_words(text: str) -> list[int]:
@@ -425,13 +425,15 @@ def _address_words(text: str) -> list[int]:
 # --------------------------------------------------------------------------------------- payloads
 
 
-def _extra(fd: int, image: Any, span: Any, *, payloads: bool, index: int) -> Any:
+def _extra(fd: int, file: str, image: Any, span: Any, index: int, *, payloads: bool) -> Any:
     """The payload of an entry as JSON; None where the entry has no ``extra``."""
     kind, message = image.magic, span.message
     if kind == "GHOST_FILE" and (not payloads or (index == 0 and message.chunks)):
         return None
     if not payloads:
         return f"... <{_human(span.size)}>"
+    if span.size > limits.PAYLOAD_BYTES_MAX:
+        raise ImageError(file, f"entry {index}", f"{span.size} bytes follow, too many for JSON")
     content = os.pread(fd, span.size, span.offset)
     if kind == "TCP_STREAM":
         inq, outq = content[: message.inq_len], content[message.inq_len :]
@@ -440,7 +442,7 @@ def _extra(fd: int, image: Any, span: Any, *, payloads: bool, index: int) -> Any
         return list(memoryview(content).cast("H"))
     if kind == "IPCNS_MSG":
         extra: list[Any] = []
-        for entry, text in payload.queue_messages(content, "image", f"entry {index}"):
+        for entry, text in payload.queue_messages(content, file, f"entry {index}"):
             extra += (decode_message(entry), _base64(text))
         return extra
     return _base64(content)

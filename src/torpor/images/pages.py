@@ -184,9 +184,6 @@ class _Level:
         present = any(run.offset >= 0 for run in pagemap.runs)
         self.fd = reader.pages(f"pages-{pagemap.pages_id}") if present else -1
 
-    def wants_parent(self) -> bool:
-        return any(run.flags & PE_PARENT for run in self.runs)
-
 
 class Pages:
     """The pages of one address space, wherever in a chain of snapshots they lie.
@@ -196,12 +193,10 @@ class Pages:
     """
 
     def __init__(self, reader: ImageReader, name: str) -> None:
-        self._levels: list[_Level] = []
-        try:
-            self._open(reader, name)
-        except BaseException:
-            self.close()
-            raise
+        self._name = name
+        self._reader = reader  # of the last level
+        self._directory = -1  # where that one lies, unless it is the caller's
+        self._levels = [_Level(reader, name)]  # grows as pages are looked for in parents
 
     def runs(self) -> Iterator[Run]:
         """All runs in order of addresses; PE_PARENT ones are replaced by what the parents hold."""
@@ -214,10 +209,10 @@ class Pages:
 
     def close(self) -> None:
         """Close the pages files."""
-        for level in self._levels:
-            if level.fd >= 0:
-                os.close(level.fd)
-        self._levels = []
+        for fd in (self._directory, *(level.fd for level in self._levels)):
+            if fd >= 0:
+                os.close(fd)
+        self._directory, self._levels = -1, []
 
     def __enter__(self) -> Pages:
         return self
@@ -227,30 +222,24 @@ class Pages:
     ) -> None:
         self.close()
 
-    def _open(self, reader: ImageReader, name: str) -> None:
-        directory = -1
-        try:
-            while True:
-                level = _Level(reader, name)
-                self._levels.append(level)
-                if not level.wants_parent():
-                    return
-                if len(self._levels) > limits.PARENTS_MAX:
-                    raise ImageError("parent", "", f"more than {limits.PARENTS_MAX} snapshots")
-                parent = reader.open_parent()
-                if directory >= 0:
-                    os.close(directory)
-                directory = parent
-                if directory < 0:
-                    raise ImageError(level.file, "", "pages are in a parent, but there is none")
-                reader = ImageReader(directory)
-        finally:
-            if directory >= 0:
-                os.close(directory)
+    def _level(self, depth: int) -> _Level:
+        """The snapshot ``depth`` steps before this one; ImageError if there is none."""
+        if depth == len(self._levels):
+            if depth > limits.PARENTS_MAX:
+                raise ImageError("parent", "", f"more than {limits.PARENTS_MAX} snapshots")
+            parent = self._reader.open_parent()
+            if parent < 0:
+                file = magic.file_name(self._name)
+                raise ImageError(file, "", "pages are in a parent snapshot, but there is none")
+            if self._directory >= 0:
+                os.close(self._directory)
+            self._directory, self._reader = parent, ImageReader(parent)
+            self._levels.append(_Level(self._reader, self._name))
+        return self._levels[depth]
 
     def _inherited(self, depth: int, start: int, end: int) -> Iterator[Run]:
         """What the snapshots from ``depth`` on hold of the addresses from start to end."""
-        level = self._levels[depth]
+        level = self._level(depth)
         index = max(bisect_right(level.starts, start) - 1, 0)
         while start < end:
             run = level.runs[index] if index < len(level.runs) else None

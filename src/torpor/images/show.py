@@ -265,7 +265,7 @@ def _inet(body: Any) -> str:
 
 
 def _endpoint(address: Any, port: int) -> str:
-    text = crit.ip_address(address)
+    text = crit.ip_address(address) if len(address) in (1, 4) else "?"
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 

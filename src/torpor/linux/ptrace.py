@@ -118,7 +118,8 @@ def set_regs(tid: int, regs: user_regs_struct) -> None:
 def get_xstate(tid: int) -> bytes:
     """The extended state (XSAVE, uncompacted) of a stopped task, as many bytes as the kernel has."""
     area = ctypes.create_string_buffer(XSTATE_BYTES_MAX)
-    return area.raw[: _regset(GETREGSET, tid, NT_X86_XSTATE, area, XSTATE_BYTES_MAX)]
+    size = _regset(GETREGSET, tid, NT_X86_XSTATE, area, XSTATE_BYTES_MAX)
+    return area.raw[:size]
 
 
 def set_xstate(tid: int, state: bytes) -> None:

@@ -8,6 +8,7 @@ an empty one, and the code gives back memory, signal mask and registers by itsel
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -15,7 +16,7 @@ from ..errors import TaskGone, Unsupported
 from ..linux import ptrace
 from ..linux.nr import NR
 from . import machine
-from .program import Run
+from .program import Ref, Run
 from .tracee import wait_stop
 
 TYPE_CHECKING = False
@@ -90,19 +91,27 @@ class Guest:
         ptrace.set_regs(tid, start)
         self._resume(tid)
         now = ptrace.get_regs(tid)
-        memory = b""
+        memory, reached = b"", 0
         if now.bp:
             program.place(now.bx)
             os.pwrite(self.mem_fd, program.compile(), now.bx)
             self._resume(tid)
             memory = os.pread(self.mem_fd, program.size, now.bx)
+            reached = ptrace.get_regs(tid).r15
             self._resume(tid)
         ptrace.set_regs(tid, regs)
         ptrace.set_sigmask(tid, sigmask)
         self.unclean = False
         if not memory:
             raise Unsupported(f"task {tid}: it cannot map {size} bytes for a moment", hint="RLIMIT_AS reached?")
-        return Run(program, memory)
+        run = Run(program, memory)
+        at = (reached - now.bx) // machine.RECORD_BYTES
+        if at < len(program):
+            result = run.result(Ref(at))
+            name = errno.errorcode.get(-result, str(-result))
+            hint = "is it confined by seccomp, and are we?" if -result in (errno.EPERM, errno.ENOSYS) else ""
+            raise Unsupported(f"task {tid}: {program.records[at]}: {name}", hint=hint)
+        return run
 
     def _resume(self, tid: int) -> None:
         ptrace.resume(tid)

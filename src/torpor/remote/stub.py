@@ -104,13 +104,13 @@ def _elf(base: int, code: bytes, data: bytes) -> bytes:
 
 def launch(
     set_tid: Sequence[int], arena: Arena, keep: Sequence[int], *, sibling: bool = False,
-    clock_offsets: bytes = b"",
+    clock_offsets: bytes = b"", loginuid: int | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Clone and start the first stub; returns (its pid as we see it, the address of the arena's code).
 
     ``set_tid`` are the pids it must have, innermost namespace first; ``keep`` the descriptors that it keeps in spite of
-    their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what /proc/self/timens_offsets is to hold in a time namespace of its own. It is
-    traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is taken).
+    their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what /proc/self/timens_offsets is to hold in a time
+    namespace of its own, ``loginuid`` what /proc/self/loginuid is to. It is traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is taken).
     """
     bootstrap = Program("bootstrap of the stub")
     bootstrap.call("mmap", arena.base, PAGE, 5, 0x100001, arena.fd, 0, why="code of the arena")
@@ -123,7 +123,7 @@ def launch(
     ready, go = os.pipe2(os.O_CLOEXEC)
     try:
         os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
-        pid = _clone(set_tid, _exec_program(ready, elf_fd, arena.fd, keep, clock_offsets), go, sibling)
+        pid = _clone(set_tid, _exec_program(ready, elf_fd, arena.fd, keep, clock_offsets, loginuid), go, sibling)
         _await_bootstrap(pid, elf_base, len(code))
     finally:
         for fd in (elf_fd, ready):
@@ -131,7 +131,9 @@ def launch(
     return pid, arena.code
 
 
-def _exec_program(ready: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes) -> Program:
+def _exec_program(
+    ready: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes, loginuid: int | None
+) -> Program:
     program = Program("start of the stub")
     # Ends here, in a trap that kills it, if we die before we trace it: the pipe gives end of file.
     program.call("read", ready, program.out(8), 1, 0, transfer=True, why="wait until traced")
@@ -139,6 +141,10 @@ def _exec_program(ready: int, elf_fd: int, arena_fd: int, keep: Sequence[int], c
         program.call("unshare", CLONE_NEWTIME)
         fd = program.call("openat", -100, b"/proc/self/timens_offsets\0", os.O_WRONLY | os.O_CLOEXEC)
         program.call("write", fd, clock_offsets, len(clock_offsets))
+    if loginuid is not None:  # only the task itself may write it; its children inherit it
+        fd = program.call("openat", -100, b"/proc/self/loginuid\0", os.O_WRONLY | os.O_CLOEXEC)
+        text = b"%d" % loginuid
+        program.call("write", fd, text, len(text), may_fail=(errno.EPERM, errno.EINVAL))
     for fd_kept in (*keep, arena_fd):
         program.call("fcntl", fd_kept, F_SETFD, 0)
     name = program.put(b"torpor-stub\0")
@@ -175,7 +181,7 @@ def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> 
         if pid < 0:
             raise clone_error(-pid, set_tid)
         try:
-            ptrace.seize(pid, OPTIONS)
+            _seize(pid)
             os.write(go, b"!")
         except BaseException:
             os.kill(pid, signal.SIGKILL)
@@ -190,6 +196,16 @@ def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> 
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     area.close()
     return int(pid)
+
+
+def _seize(pid: int) -> None:
+    """Trace the stub and all that it will fork; its tasks' seccomp filters are not for what the machine does."""
+    try:
+        ptrace.seize(pid, OPTIONS | ptrace.O_SUSPEND_SECCOMP)
+    except KernelError as error:
+        if error.errno not in (errno.EPERM, errno.EINVAL):
+            raise
+        ptrace.seize(pid, OPTIONS)
 
 
 def clone_error(number: int, set_tid: Sequence[int]) -> KernelError:

@@ -11,6 +11,7 @@ import os
 
 from ..errors import Unsupported
 from ..linux.kernel import pidfd_getfd
+from ..undo import Undo
 from ..proc.fdinfo import parse as parse_fdinfo
 
 TYPE_CHECKING = False
@@ -224,7 +225,9 @@ class BuildContext:
     def __init__(self, options: Any, images: Any, undo: Any) -> None:
         self.options = options
         self.images = images
+        #: What is taken back in any case, once the tasks run; ``on_failure``: what only a failed restore takes back.
         self.undo = undo
+        self.on_failure = Undo()
         self.memo: dict[Any, Any] = {}
         #: file id → (resource, entry) of every file_entry in the images.
         self.files: dict[int, tuple[FileResource, Any]] = {}

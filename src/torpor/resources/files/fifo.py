@@ -13,12 +13,13 @@ from ...errors import ImageError
 from ...images import schema as pb
 from ...linux.call import buffer
 from ..base import FileResource, SourceFile, reopen
-from ..fown import set_flags
+from ..fown import emit, set_flags
 from . import pipe, regular
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...images.schema import Message
+    from ...remote.program import Program
     from ..base import BuildContext, DumpContext
 
 FIONREAD = 0x541B
@@ -69,6 +70,10 @@ class Fifo(FileResource):
             os.close(fd)
             raise
         return fd
+
+    def settle(self, entry: Message, fd: int, program: Program, ctx: BuildContext) -> None:
+        named = ctx.files[entry.regf_id if entry.HasField("regf_id") else entry.id][1]
+        emit(named.fown, fd, program, named.flags)
 
 
 def _number(inode: int, ctx: DumpContext) -> int:

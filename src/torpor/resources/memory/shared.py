@@ -37,7 +37,8 @@ class SharedMemory(MappingResource):
     PRIORITY = 60  # a private mapping of nameless huge pages is anonymous memory
 
     def claims(self, mapping: Any) -> bool:
-        return bool(mapping.vma.kind == maps.MEMFD or mapping.vma.flags & MAP_SHARED)
+        # Nameless huge pages that are private have no file that anybody could map again.
+        return bool(mapping.vma.kind != maps.HUGEPAGE or mapping.vma.flags & MAP_SHARED)
 
     def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
         vma = mapping.vma

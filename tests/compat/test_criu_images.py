@@ -1,0 +1,452 @@
+"""Image sets change hands: what Torpor dumps CRIU restores, and the other way round.
+
+CRIU itself is needed for that, so these tests are no part of the normal run. Name its binary,
+version 4 or newer, and run them as root::
+
+    TORPOR_PEER_CRIU=/usr/sbin/criu pytest tests/compat/test_criu_images.py
+
+Without the variable nothing is collected from this file. ``test_recorded.py`` looks at sets that
+CRIU once made, in every run.
+
+Torpor's own extensions of the format are left out where CRIU would refuse them: pages that tasks
+share are stored once unless ``share_pages`` is off.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from kit import Command, Library, Peer, Target, Targets, Verbs, assert_same, observe_tree, wait_until
+from kit.files import slurp_text
+
+PEER = os.environ.get("TORPOR_PEER_CRIU", "")
+
+
+class OwnPages(Library):
+    """Torpor, writing every page for every task, as CRIU does."""
+
+    def dump(self, pid: int, images: object, **options: object) -> None:
+        super().dump(pid, images, share_pages=False, **options)
+
+
+#: Which of the two dumps and which restores.
+WAYS: dict[str, Callable[[], tuple[Verbs, Verbs]]] = {
+    "torpor-criu": lambda: (OwnPages(), Peer(PEER)),
+    "criu-torpor": lambda: (Peer(PEER), Command()),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("way", WAYS if PEER else [], ids=str)
+
+
+class TestExchange:
+    """Each program is dumped by one, restored by the other, and asked whether it is content."""
+
+    __test__ = bool(PEER)
+
+    def check(
+        self, way: str, target: Target, images: str, *ignore: str, **options: object
+    ) -> None:
+        dumper, restorer = WAYS[way]()
+        target.pids()
+        before = observe_tree(target.pid)
+        dumper.dump(target.pid, images, **options)
+        target.wait_gone()
+        assert restorer.restore(images, **options) == target.pid
+        assert target.alive(), "restored, and dead"
+        assert_same(before, observe_tree(target.pid), ignore)
+
+    def test_sleeping_shell(self, way: str, start: Targets, images: str) -> None:
+        script = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done"
+        target = start.command("sh", "-c", script)
+        wait_until("it counts", lambda: "3\n" in target.read("stdout"))
+        self.check(way, target, images, "*")
+        so_far = len(target.read("stdout").split())
+        wait_until("it goes on", lambda: len(target.read("stdout").split()) > so_far + 3)
+        numbers = [int(word) for word in target.read("stdout").split()]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+    def test_python_threads(self, way: str, start: Targets, images: str) -> None:
+        target = start.python(PYTHON)
+        self.check(way, target, images, "*")
+        target.go()
+
+    def test_family_with_full_pipe(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(PIPE)
+        self.check(way, target, images)
+        target.go()
+
+    def test_deleted_file(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(DELETED)
+        self.check(way, target, images)
+        target.go()
+
+    def test_shared_memory(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(SHARED)
+        self.check(way, target, images)
+        target.go()
+
+    def test_descriptors(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(DESCRIPTORS)
+        self.check(way, target, images)
+        target.go()
+
+    def test_signals_and_timers(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(SIGNALS)
+        self.check(way, target, images)
+        target.go()
+
+    def test_groups_sessions_zombie(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(FAMILY)
+        self.check(way, target, images)
+        target.go()
+
+    def test_credentials_and_filter(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(CREDENTIALS)
+        self.check(way, target, images)
+        target.go()
+
+    def test_threads(self, way: str, start: Targets, images: str) -> None:
+        target = start.c(THREADS)
+        self.check(way, target, images)
+        target.go()
+
+
+PYTHON = """
+import threading
+counts = [0] * 4
+stop = False
+def count(index):
+    while not stop:
+        counts[index] += 1
+        time.sleep(0.001)
+threads = [threading.Thread(target=count, args=(index,)) for index in range(4)]
+for thread in threads:
+    thread.start()
+ready()
+wait_told("go")
+before = list(counts)
+time.sleep(0.1)
+grown = all(later > sooner for later, sooner in zip(counts, before))
+stop = True
+for thread in threads:
+    thread.join()
+done(grown, f"{before} {counts}")
+"""
+
+PIPE = """
+int main(void)
+{
+	int fds[2], n;
+	char big[70000], buf[70000];
+
+	MUST(pipe(fds));
+	MUST(fcntl(fds[1], F_SETPIPE_SZ, 1 << 17));
+	for (unsigned i = 0; i < sizeof big; i++)
+		big[i] = i * 7;
+	CHECK_EQ(write(fds[1], big, sizeof big), (long)sizeof big);
+	if (fork() == 0) {
+		close(fds[0]);
+		wait_told("go");
+		CHECK_EQ(write(fds[1], "end", 3), 3);
+		_exit(0);
+	}
+	close(fds[1]);
+	ready();
+	wait_told("go");
+	for (n = 0; n < 70000;) {
+		int got = read(fds[0], buf + n, sizeof buf - n);
+		CHECK(got > 0);
+		n += got;
+	}
+	CHECK(!memcmp(buf, big, sizeof big));
+	CHECK_EQ(read(fds[0], buf, 10), 3);
+	CHECK(!memcmp(buf, "end", 3));
+	CHECK_EQ(read(fds[0], buf, 10), 0);
+	CHECK_EQ(fcntl(fds[0], F_GETPIPE_SZ), 1 << 17);
+	CHECK(wait(&n) > 0);
+	CHECK_EQ(n, 0);
+	pass();
+}
+"""
+
+DELETED = """
+int main(void)
+{
+	char *name = "gone", buf[32], *map;
+	int fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0640), other = open(name, O_RDONLY);
+	int big = open("big gone", O_RDWR | O_CREAT, 0600);
+
+	MUST(fd);
+	MUST(other);
+	CHECK_EQ(write(fd, "what was written", 16), 16);
+	MUST(ftruncate(fd, 8192));
+	map = mmap(0, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	CHECK(map != MAP_FAILED);
+	strcpy(map + 5000, "mapped");
+	CHECK_EQ(pwrite(big, "far", 3, 40000), 3);
+	MUST(unlink(name));
+	MUST(unlink("big gone"));
+	ready();
+	wait_told("go");
+	CHECK_EQ(lseek(fd, 0, SEEK_CUR), 16);
+	CHECK_EQ(pread(other, buf, 16, 0), 16);
+	CHECK(!memcmp(buf, "what was written", 16));
+	CHECK(!strcmp(map + 5000, "mapped"));
+	strcpy(map + 100, "through the map");
+	CHECK_EQ(pread(other, buf, 16, 100), 16);
+	CHECK(!strcmp(buf, "through the map"));
+	CHECK_EQ(pread(big, buf, 4, 40000), 3);
+	CHECK(!memcmp(buf, "far", 3));
+	CHECK(access(name, F_OK) < 0);
+	pass();
+}
+"""
+
+SHARED = """
+int main(void)
+{
+	int memfd = memfd_create("named", MFD_ALLOW_SEALING), status;
+	char *shared = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	char *private, *named;
+
+	MUST(memfd);
+	MUST(ftruncate(memfd, 12288));
+	CHECK_EQ(pwrite(memfd, "in the memfd", 12, 4096), 12);
+	MUST(fcntl(memfd, F_ADD_SEALS, F_SEAL_GROW));
+	named = mmap(0, 12288, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+	private = mmap(0, 12288, PROT_READ | PROT_WRITE, MAP_PRIVATE, memfd, 0);
+	CHECK(shared != MAP_FAILED && named != MAP_FAILED && private != MAP_FAILED);
+	strcpy(private + 4096, "own");
+	strcpy(shared + 70000, "shared");
+	if (fork() == 0) {
+		wait_told("go");
+		strcpy(shared + 80000, "by the child");
+		_exit(strcmp(shared + 70000, "shared") != 0);
+	}
+	ready();
+	wait_told("go");
+	CHECK(wait(&status) > 0);
+	CHECK_EQ(status, 0);
+	CHECK(!strcmp(shared + 80000, "by the child"));
+	CHECK(!memcmp(named + 4096, "in the memfd", 12));
+	CHECK(!strcmp(private + 4096, "own"));
+	CHECK_EQ(fcntl(memfd, F_GET_SEALS), F_SEAL_GROW);
+	pass();
+}
+"""
+
+DESCRIPTORS = """
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <sys/timerfd.h>
+int main(void)
+{
+	sigset_t mask;
+	int counter = eventfd(5, EFD_NONBLOCK), poller = epoll_create1(EPOLL_CLOEXEC), signals, timer;
+	int log = open("log", O_WRONLY | O_CREAT | O_APPEND, 0600), copy = dup(log), null;
+	struct epoll_event event = {.events = EPOLLIN, .data.u64 = 0x1122334455667788};
+	struct signalfd_siginfo info;
+	struct itimerspec when = {.it_value = {1000, 0}, .it_interval = {7, 0}}, left;
+	unsigned long value;
+
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGUSR2);
+	sigprocmask(SIG_BLOCK, &mask, 0);
+	MUST(signals = signalfd(-1, &mask, SFD_NONBLOCK));
+	MUST(timer = timerfd_create(CLOCK_MONOTONIC, 0));
+	MUST(timerfd_settime(timer, 0, &when, 0));
+	MUST(epoll_ctl(poller, EPOLL_CTL_ADD, counter, &event));
+	MUST(null = open("/dev/null", O_RDWR));
+	MUST(dup2(null, 100));
+	CHECK_EQ(write(log, "before\\n", 7), 7);
+	kill(getpid(), SIGUSR2);
+	ready();
+	wait_told("go");
+	event.data.u64 = 0;
+	CHECK_EQ(epoll_wait(poller, &event, 1, 1000), 1);
+	CHECK(event.data.u64 == 0x1122334455667788);
+	CHECK_EQ(read(counter, &value, 8), 8);
+	CHECK_EQ(value, 5);
+	CHECK_EQ(read(signals, &info, sizeof info), (long)sizeof info);
+	CHECK_EQ(info.ssi_signo, SIGUSR2);
+	MUST(timerfd_gettime(timer, &left));
+	CHECK(left.it_value.tv_sec > 900 && left.it_value.tv_sec <= 1000 && left.it_interval.tv_sec == 7);
+	CHECK_EQ(write(copy, "after\\n", 6), 6);
+	CHECK_EQ(lseek(log, 0, SEEK_CUR), 13);
+	CHECK(fcntl(poller, F_GETFD) == FD_CLOEXEC);
+	CHECK_EQ(write(100, "x", 1), 1);
+	pass();
+}
+"""
+
+SIGNALS = """
+#include <sys/time.h>
+#include <sys/resource.h>
+static volatile int seen, value;
+static void handler(int number, siginfo_t *info, void *context)
+{
+	seen++;
+	value = info->si_value.sival_int;
+}
+int main(void)
+{
+	struct sigaction act = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_RESTART}, old;
+	struct itimerval often = {{50, 0}, {500, 0}}, left;
+	struct itimerspec when = {.it_value = {300, 0}}, rest;
+	struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGUSR1};
+	struct rlimit limit = {100, 200};
+	timer_t timer;
+	sigset_t mask;
+	stack_t stack = {.ss_sp = malloc(65536), .ss_size = 65536}, now;
+
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGRTMIN + 3);
+	sigprocmask(SIG_BLOCK, &mask, 0);
+	sigaction(SIGRTMIN + 3, &act, 0);
+	signal(SIGHUP, SIG_IGN);
+	MUST(sigqueue(getpid(), SIGRTMIN + 3, (union sigval){42}));
+	MUST(setitimer(ITIMER_REAL, &often, 0));
+	MUST(timer_create(CLOCK_MONOTONIC, &event, &timer));
+	MUST(timer_settime(timer, 0, &when, 0));
+	MUST(setrlimit(RLIMIT_NOFILE, &limit));
+	MUST(sigaltstack(&stack, 0));
+	umask(027);
+	ready();
+	wait_told("go");
+	CHECK_EQ(seen, 0);
+	sigprocmask(SIG_UNBLOCK, &mask, 0);
+	CHECK_EQ(seen, 1);
+	CHECK_EQ(value, 42);
+	sigaction(SIGHUP, 0, &old);
+	CHECK(old.sa_handler == SIG_IGN);
+	sigaction(SIGRTMIN + 3, 0, &old);
+	CHECK(old.sa_sigaction == handler && old.sa_flags & SA_RESTART);
+	MUST(getitimer(ITIMER_REAL, &left));
+	CHECK(left.it_value.tv_sec > 400 && left.it_interval.tv_sec == 50);
+	MUST(timer_gettime(timer, &rest));
+	CHECK(rest.it_value.tv_sec > 200);
+	MUST(getrlimit(RLIMIT_NOFILE, &limit));
+	CHECK(limit.rlim_cur == 100 && limit.rlim_max == 200);
+	MUST(sigaltstack(0, &now));
+	CHECK(now.ss_sp == stack.ss_sp && now.ss_size == 65536);
+	CHECK_EQ(umask(0), 027);
+	pass();
+}
+"""
+
+FAMILY = """
+int main(void)
+{
+	int status, pid[4];
+
+	for (int i = 0; i < 4; i++) {
+		pid[i] = fork();
+		if (pid[i] == 0) {
+			if (i == 0) _exit(3);
+			if (i == 1) setsid();
+			if (i == 2) setpgid(0, 0);
+			for (;;) pause();
+		}
+	}
+	usleep(50000);
+	MUST(kill(pid[3], SIGSTOP));
+	usleep(50000);
+	ready();
+	wait_told("go");
+	CHECK_EQ(getsid(pid[1]), pid[1]);
+	CHECK_EQ(getpgid(pid[2]), pid[2]);
+	CHECK_EQ(getsid(pid[2]), getsid(0));
+	CHECK_EQ(waitpid(pid[0], &status, 0), pid[0]);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 3);
+	for (int i = 1; i < 4; i++) {
+		MUST(kill(pid[i], SIGKILL));
+		CHECK_EQ(waitpid(pid[i], &status, 0), pid[i]);
+	}
+	pass();
+}
+"""
+
+CREDENTIALS = """
+#include <grp.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+int main(void)
+{
+	gid_t groups[3] = {11, 22, 33}, got[3];
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_getpgid, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | 77),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog filter = {4, code};
+
+	MUST(setgroups(3, groups));
+	MUST(prctl(PR_CAPBSET_DROP, 5, 0, 0, 0));
+	MUST(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+	MUST(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter));
+	MUST(prctl(PR_SET_NAME, "a new name"));
+	MUST(setpriority(PRIO_PROCESS, 0, 5));
+	ready();
+	wait_told("go");
+	CHECK_EQ(prctl(PR_CAPBSET_READ, 5, 0, 0, 0), 0);
+	CHECK_EQ(prctl(PR_CAPBSET_READ, 6, 0, 0, 0), 1);
+	CHECK_EQ(getgroups(3, got), 3);
+	CHECK(!memcmp(got, groups, sizeof got));
+	CHECK(getpgid(0) < 0 && errno == 77);
+	CHECK_EQ(prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0), 1);
+	CHECK_EQ(getpriority(PRIO_PROCESS, 0), 5);
+	pass();
+}
+"""
+
+THREADS = """
+static pthread_barrier_t all;
+static volatile int counts[4];
+static __thread int own;
+static void *work(void *arg)
+{
+	long index = (long)arg;
+	sigset_t mask;
+	double x = index + 0.5;
+
+	own = 100 + index;
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGUSR1 + index);
+	pthread_sigmask(SIG_BLOCK, &mask, 0);
+	pthread_barrier_wait(&all);
+	while (!told("go")) {
+		x = x * 1.0000001;
+		counts[index]++;
+		usleep(1000);
+	}
+	pthread_sigmask(SIG_BLOCK, 0, &mask);
+	return (void *)(long)(own == 100 + index && x > index && sigismember(&mask, SIGUSR1 + index));
+}
+int main(void)
+{
+	pthread_t threads[4];
+	void *good;
+
+	pthread_barrier_init(&all, 0, 5);
+	for (long i = 0; i < 4; i++)
+		pthread_create(&threads[i], 0, work, (void *)i);
+	pthread_barrier_wait(&all);
+	ready();
+	wait_told("go");
+	for (int i = 0; i < 4; i++) {
+		CHECK_EQ(pthread_join(threads[i], &good), 0);
+		CHECK(good);
+		CHECK(counts[i] > 0);
+	}
+	pass();
+}
+"""

@@ -1,0 +1,409 @@
+"""Every refusal is said clearly, and everything is as it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import torpor
+from kit import (
+    Command,
+    CommandResult,
+    Library,
+    Target,
+    Targets,
+    assert_same,
+    diff,
+    host_state,
+    observe_tree,
+    run_criu,
+    run_torpor,
+    wait_until,
+)
+from kit.files import slurp, slurp_text
+from kit.verbs import SOURCES
+
+IDLE = 'int main(void) { ready(); wait_told("go"); pass(); }'
+
+
+@pytest.fixture
+def idle(start: Targets) -> Target:
+    return start.c(IDLE)
+
+
+@pytest.fixture
+def dead(idle: Target, images: str) -> Target:
+    """A target whose images are in ``images`` and that is gone."""
+    Library().dump(idle.pid, images)
+    idle.wait_gone()
+    return idle
+
+
+def refused(words: str, pid: int, images: str) -> torpor.TorporError:
+    """The library refuses to dump, and so does the command, in the same words; no image is left."""
+    with pytest.raises(torpor.TorporError, match=words) as caught:
+        torpor.dump(pid, images)
+    result = run_criu("dump", images, "-t", pid)
+    assert result.status == 1, result
+    assert caught.value.what in result.log or words in result.log, result
+    left = [name for name in os.listdir(images) if name != "dump.log"]
+    assert not left, left
+    return caught.value
+
+
+def test_dumping_itself(images: str) -> None:
+    with pytest.raises(torpor.TorporError, match="itself"):
+        torpor.dump(os.getpid(), images)
+    assert os.listdir(images) == []
+
+
+def test_dumping_an_ancestor(images: str) -> None:
+    refused_by_library_in_child = f"""
+import sys
+sys.path.insert(0, {SOURCES!r})
+import torpor, os
+try:
+    torpor.dump(os.getppid(), {images!r})
+except torpor.TorporError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", refused_by_library_in_child],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "ancestor" in done.stdout, done
+
+
+def test_dumping_init(images: str) -> None:
+    with pytest.raises(torpor.TorporError, match=r"pid 1|ancestor"):
+        torpor.dump(1, images)
+
+
+def test_dumping_a_kernel_thread(images: str) -> None:
+    kernel_thread = next(
+        (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_kernel_thread(int(pid))), 0
+    )
+    assert kernel_thread, "run it in the first pid namespace"
+    refused("kernel thread", kernel_thread, images)
+
+
+def _is_kernel_thread(pid: int) -> bool:
+    try:
+        return bool(int(slurp_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[6]) & 0x00200000)
+    except OSError:
+        return False
+
+
+def test_dumping_what_is_not_there(idle: Target, images: str) -> None:
+    idle.end()
+    idle.wait_gone()
+    error = refused("no such process", idle.pid, images)
+    assert isinstance(error, torpor.TaskGone)
+    assert error.status == errno.ESRCH
+
+
+def test_dumping_a_thread(start: Targets, images: str) -> None:
+    target = start.c(
+        "static void *idle(void *a) { for (;;) pause(); return a; }"
+        " int main(void) { pthread_t t; pthread_create(&t, NULL, idle, NULL); ready();"
+        ' wait_told("go"); pass(); }'
+    )
+    thread = max(int(tid) for tid in os.listdir(f"/proc/{target.pid}/task"))
+    refused("thread", thread, images)
+    target.go()
+
+
+@pytest.mark.parametrize("pid", [0, -1, 1 << 30])
+def test_dumping_no_pid_at_all(images: str, pid: int) -> None:
+    with pytest.raises(torpor.TorporError):
+        torpor.dump(pid, images)
+
+
+def test_a_zombie(start: Targets, images: str) -> None:
+    target = start.c("int main(void) { ready(); _exit(3); }", wait=False)
+    wait_until("it is dead", lambda: target.state() == "Z")
+    refused("ended", target.pid, images)
+
+
+def test_everything_in_the_way_is_named_at_once(start: Targets, images: str) -> None:
+    target = start.c(
+        "#include <sys/socket.h>\n#include <sys/inotify.h>\n"
+        "int main(void) {"
+        " MUST(socket(AF_ALG, SOCK_SEQPACKET, 0)); MUST(inotify_init());"
+        " struct { int t, s; unsigned f[30]; } p = {0}; (void)p;"
+        " MUST(syscall(425, 4, &p.f[0]));"  # io_uring_setup
+        ' if (fork() == 0) { MUST(socket(AF_VSOCK, SOCK_STREAM, 0)); for (;;) pause(); }'
+        ' usleep(20000); ready(); wait_told("go"); pass(); }'
+    )  # fmt: skip
+    before = observe_tree(target.pid)
+    with pytest.raises(torpor.Unsupported) as caught:
+        torpor.dump(target.pid, images)
+    causes = getattr(caught.value, "causes", [caught.value])
+    text = str(caught.value)
+    child = target.pids()[1]
+    assert len(causes) >= 4, text
+    assert f"task {target.pid}" in text and f"task {child}" in text
+    assert "io_uring" in text
+    assert [str(cause) for cause in torpor.check(target.pid)]
+    assert not os.listdir(images)
+    assert_same(before, observe_tree(target.pid))
+    result = run_torpor("check", target.pid)
+    assert result.status != 0 and "io_uring" in result.output, result
+    target.go()
+
+
+def test_a_terminal_of_somebody_else_needs_shell_job(start: Targets, images: str) -> None:
+    """Not a session leader: the session's leader is outside of the tree."""
+    target = start.command("sleep", "1000", session=False)
+    wait_until("it is sleep", lambda: slurp_text(f"/proc/{target.pid}/comm") == "sleep\n")
+    error = refused("shell.job", target.pid, images)
+    assert "shell" in str(error)
+    torpor.dump(target.pid, images, shell_job=True)
+    target.wait_gone()
+    assert torpor.restore(images, shell_job=True).pid == target.pid
+    assert slurp_text(f"/proc/{target.pid}/comm") == "sleep\n"
+
+
+def test_locks_need_to_be_asked_for(start: Targets, images: str) -> None:
+    target = start.c(
+        "#include <sys/file.h>\nint main(void) { MUST(flock(1, LOCK_EX)); ready();"
+        ' wait_told("go"); pass(); }'
+    )
+    refused("file.locks", target.pid, images)
+    target.go()
+
+
+def test_a_ghost_may_be_too_large(start: Targets, images: str) -> None:
+    target = start.c(
+        'int main(void) { int fd = MUST(open("big", O_CREAT | O_RDWR, 0600));'
+        ' char page[1 << 16]; for (int i = 0; i < 40; i++) MUST(write(fd, page, sizeof(page)));'
+        ' MUST(unlink("big")); ready(); wait_told("go"); pass(); }'
+    )  # fmt: skip
+    refused("ghost", target.pid, images)
+    target.go()
+
+
+def test_a_folder_that_is_not_there_or_is_none(idle: Target, images: str) -> None:
+    os.makedirs(f"{images}/place")
+    with open(f"{images}/place/file", "w"):
+        pass
+    with pytest.raises(torpor.TorporError, match="file"):
+        torpor.dump(idle.pid, f"{images}/place/file")
+    idle.go()
+
+
+def test_a_folder_with_an_older_snapshot(start: Targets, images: str) -> None:
+    """The older one is replaced by the newer one, whole, or the dump is refused; never a mixture."""
+    first = start.c(IDLE)
+    second = start.c(
+        "int main(void) { if (fork() == 0) for (;;) pause();"
+        ' usleep(20000); ready(); wait_told("go"); pass(); }'
+    )
+    torpor.dump(second.pid, images)
+    second.wait_gone()
+    try:
+        torpor.dump(first.pid, images, leave_running=True)
+    except torpor.TorporError as error:
+        assert "image" in str(error) or "snapshot" in str(error)
+        assert torpor.restore(images).pid == second.pid
+        second.go()
+    else:
+        first.end()
+        first.wait_gone()
+        assert torpor.restore(images).pid == first.pid
+        first.go()
+
+
+def test_a_full_disk(start: Targets) -> None:
+    target = start.c(
+        "int main(void) { char *p = malloc(8 << 20); fill(p, 8 << 20, 1); ready();"
+        ' wait_told("go"); CHECK(filled(p, 8 << 20, 1)); pass(); }'
+    )
+    small = target.path("small")
+    os.mkdir(small)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", small], check=True)
+    try:
+        before = observe_tree(target.pid)
+        with pytest.raises(torpor.TorporError, match=r"No space left|ENOSPC"):
+            torpor.dump(target.pid, small)
+        assert os.listdir(small) == []
+        assert_same(before, observe_tree(target.pid), ("*/namespaces/*",))
+    finally:
+        subprocess.run(["umount", small], check=True)
+    target.go()
+
+
+def test_without_privileges(idle: Target, images: str) -> None:
+    os.chmod(images, 0o777)
+    code = f"""
+import os, sys
+sys.path.insert(0, {SOURCES!r})
+import torpor, torpor.engine.dump
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+try:
+    torpor.dump({idle.pid}, {images!r})
+except torpor.TorporError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert str(idle.pid) in done.stdout, done
+    idle.go()
+
+
+# ------------------------------------------------------------------------------------------ restore
+
+
+def not_restored(words: str, images: str) -> torpor.TorporError:
+    """A restore fails in these words and leaves nothing; the command says the same."""
+    before = host_state(images)
+    with pytest.raises(torpor.TorporError, match=words) as caught:
+        torpor.restore(images)
+    assert_same(before, host_state(images))
+    result = run_criu("restore", images, "-d")
+    assert result.status == 1, result
+    assert "Error" in result.log, result
+    assert "Traceback" not in result.log + result.output, result
+    assert_same(before["processes"], host_state(images)["processes"])
+    os.unlink(f"{images}/restore.log")
+    return caught.value
+
+
+def test_a_pid_that_is_taken(start: Targets, images: str) -> None:
+    target = start.c(IDLE)
+    torpor.dump(target.pid, images, leave_running=True)
+    error = not_restored(str(target.pid), images)
+    assert "taken" in str(error) or "in use" in str(error) or "exists" in str(error), error
+    target.go()
+
+
+def test_a_tid_that_is_taken(start: Targets, images: str) -> None:
+    """It is said before anything is created."""
+    target = start.c(
+        "static void *idle(void *a) { for (;;) pause(); return a; }"
+        " int main(void) { pthread_t t; pthread_create(&t, NULL, idle, NULL); ready();"
+        ' wait_told("go"); pass(); }'
+    )
+    tid = max(int(name) for name in os.listdir(f"/proc/{target.pid}/task"))
+    torpor.dump(target.pid, images)
+    target.wait_gone()
+    squatter = _process_with_pid(tid)
+    try:
+        not_restored(str(tid), images)
+    finally:
+        os.kill(squatter, signal.SIGKILL)
+        os.waitpid(squatter, 0)
+    assert torpor.restore(images).pid == target.pid
+    target.go()
+
+
+def _process_with_pid(wanted: int) -> int:
+    """A sleeping child with this pid."""
+    fd = os.open("/proc/sys/kernel/ns_last_pid", os.O_WRONLY)
+    try:
+        os.write(fd, str(wanted - 1).encode())
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                signal.pause()
+    finally:
+        os.close(fd)
+    assert pid == wanted
+    return pid
+
+
+def test_no_images_at_all(images: str) -> None:
+    not_restored("inventory", images)
+
+
+@pytest.mark.parametrize("way", ["missing", "empty", "cut", "garbage"])
+def test_every_file_that_is_broken_is_named(dead: Target, images: str, way: str) -> None:
+    """Whatever file is broken in whatever way, the error names it, and nothing is left."""
+    whole = f"{images}.whole"
+    shutil.copytree(images, whole)
+    try:
+        names = [name for name in sorted(os.listdir(images)) if name.endswith(".img")]
+        assert len(names) >= 7
+        for name in names:
+            if name.startswith(("stats", "cgroup", "seccomp")):
+                continue  # nothing in there is needed
+            path = f"{images}/{name}"
+            content = slurp(path)
+            os.unlink(path)
+            if way != "missing":
+                with open(path, "wb") as file:
+                    file.write(_broken(content, way))
+            with pytest.raises(torpor.TorporError) as caught:
+                torpor.restore(images)
+            text = str(caught.value)
+            known_by = (name, name.removesuffix(".img"), name.split("-")[0])
+            assert any(word in text for word in known_by), f"{name} {way}: {text}"
+            shutil.copy(f"{whole}/{name}", path)
+        assert torpor.restore(images).pid == dead.pid
+        dead.go()
+    finally:
+        shutil.rmtree(whole)
+
+
+def _broken(content: bytes, way: str) -> bytes:
+    if way == "cut":
+        return content[: len(content) - max(1, min(5000, len(content) // 2))]
+    return b"" if way == "empty" else bytes(byte ^ 0x5A for byte in content)
+
+
+def test_restoring_twice_at_the_same_time(dead: Target, images: str) -> None:
+    assert torpor.restore(images).pid == dead.pid
+    with pytest.raises(torpor.TorporError, match=str(dead.pid)):
+        torpor.restore(images)
+    dead.go()
+
+
+def test_restoring_ten_times_one_after_the_other(dead: Target, images: str) -> None:
+    state = host_state(images)
+    for _ in range(10):
+        assert torpor.restore(images).pid == dead.pid
+        assert dead.alive()
+        dead.end()
+        dead.wait_gone()
+        assert not diff(state, host_state(images))
+    assert torpor.restore(images).pid == dead.pid
+    dead.go()
+
+
+def test_the_library_leaves_nothing_behind(start: Targets, images: str) -> None:
+    """Descriptors, mappings of this process, children, signal handlers: as they were."""
+    target = start.c(IDLE)
+    torpor.dump(target.pid, images, leave_running=True)  # everything is imported now
+    before = host_state()
+    torpor.dump(target.pid, images)
+    target.wait_gone()
+    torpor.restore(images)
+    assert_same(before, host_state())
+    target.go()
+
+
+def test_unknown_options_are_refused(idle: Target, images: str) -> None:
+    with pytest.raises(torpor.UsageError, match="leave_runing"):
+        torpor.dump(idle.pid, images, leave_runing=True)
+    result = run_criu("dump", images, "-t", idle.pid, "--leave-runing")
+    assert result.status == 1, result
+    idle.go()
+
+
+def test_what_the_command_says_when_it_is_done(idle: Target, images: str) -> None:
+    result: CommandResult = run_criu("dump", images, "-t", idle.pid)
+    assert result.status == 0 and result.output == "", result
+    assert "Dumping finished successfully" in result.log, result
+    idle.wait_gone()
+    Command().restore(images)
+    assert "Restore finished successfully" in slurp_text(f"{images}/restore.log")
+    idle.go()
