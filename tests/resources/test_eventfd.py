@@ -8,8 +8,8 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.file_bench import Bench, seen
 
+from kit.file_bench import Bench, seen
 from torpor.images import schema as pb
 from torpor.resources.files.eventfd import RESOURCE
 
@@ -26,7 +26,9 @@ def shown(fd: int) -> object:
     semaphore=st.booleans(),
     flags=st.sets(st.sampled_from([os.O_NONBLOCK, os.O_APPEND, os.O_NOATIME])),
 )
-def test_round_trip_leaves_no_visible_difference(counter: int, semaphore: bool, flags: set[int]) -> None:
+def test_round_trip_leaves_no_visible_difference(
+    counter: int, semaphore: bool, flags: set[int]
+) -> None:
     import fcntl
 
     fd = os.eventfd(0, os.EFD_SEMAPHORE if semaphore else 0)
@@ -48,7 +50,9 @@ def test_what_criu_writes_is_no_semaphore() -> None:
     owner = pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
     with Bench() as bench:
         ctx = bench.commit()
-        fd = RESOURCE.restore(pb.eventfd_file_entry(id=1, flags=os.O_RDWR, counter=7, fown=owner), ctx)
+        fd = RESOURCE.restore(
+            pb.eventfd_file_entry(id=1, flags=os.O_RDWR, counter=7, fown=owner), ctx
+        )
         assert os.eventfd_read(fd) == 7
         os.close(fd)
 
@@ -59,6 +63,8 @@ def test_a_counter_that_cannot_be_is_an_error_and_does_not_wait() -> None:
         ctx = bench.commit()
         before = os.listdir("/proc/self/fd")
         with pytest.raises(OSError) as caught:
-            RESOURCE.restore(pb.eventfd_file_entry(id=1, flags=os.O_RDWR, counter=2**64 - 1, fown=owner), ctx)
+            RESOURCE.restore(
+                pb.eventfd_file_entry(id=1, flags=os.O_RDWR, counter=2**64 - 1, fown=owner), ctx
+            )
         assert caught.value.errno == errno.EINVAL
         assert os.listdir("/proc/self/fd") == before

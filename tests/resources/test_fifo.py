@@ -9,8 +9,8 @@ import signal
 import struct
 
 import pytest
-from kit.file_bench import Bench, in_child, run_here, seen
 
+from kit.file_bench import Bench, in_child, run_here, seen
 from torpor.errors import ImageError
 from torpor.images.store import ImageReader
 from torpor.remote.program import Program
@@ -44,9 +44,13 @@ def close(*fds: int) -> None:
 R, W, RW, NB = os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_NONBLOCK
 
 
-@pytest.mark.parametrize("flags", [(R, W), (W, R), (RW,), (R | NB,), (R | NB, W, W | NB, RW), (R, W | os.O_APPEND)])
+@pytest.mark.parametrize(
+    "flags", [(R, W), (W, R), (RW,), (R | NB,), (R | NB, W, W | NB, RW), (R, W | os.O_APPEND)]
+)
 @pytest.mark.parametrize("content", [b"", b"some bytes"])
-def test_round_trip_leaves_no_visible_difference(fifo: str, flags: tuple[int, ...], content: bytes) -> None:
+def test_round_trip_leaves_no_visible_difference(
+    fifo: str, flags: tuple[int, ...], content: bytes
+) -> None:
     keeper = os.open(fifo, RW)
     fds = [os.open(fifo, flag) for flag in flags]
     os.write(keeper, content)
@@ -60,7 +64,9 @@ def test_round_trip_leaves_no_visible_difference(fifo: str, flags: tuple[int, ..
         copies = [bench.build(number) for number in ids]
         assert [seen(fd) for fd in copies] == before
         assert [held(fd) for fd in copies] == [len(content)] * len(fds)
-        reader = next(fd for fd, flag in zip(copies, flags, strict=True) if flag & os.O_ACCMODE != W)
+        reader = next(
+            fd for fd, flag in zip(copies, flags, strict=True) if flag & os.O_ACCMODE != W
+        )
         os.set_blocking(reader, False)
         if content:
             assert os.read(reader, 100) == content

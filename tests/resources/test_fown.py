@@ -10,9 +10,9 @@ import struct
 import subprocess
 
 import pytest
+
 from kit.file_bench import in_child, run_here, source
 from kit.files import slurp_text
-
 from torpor.remote.program import Program
 from torpor.resources import fown
 
@@ -88,7 +88,9 @@ def test_the_owners_credentials_come_back_and_ours_stay(ids: tuple[int, int]) ->
 
 
 def test_si_fd_is_the_tasks_own_number() -> None:
-    """The kernel tells by which descriptor O_ASYNC was switched on; the program does it by the task's."""
+    """The kernel tells by which descriptor O_ASYNC was switched on; the program does it by the
+    task's.
+    """
 
     def work() -> None:
         (old, a), (new, writer) = os.pipe(), os.pipe()

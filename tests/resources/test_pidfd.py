@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from kit.file_bench import Bench, run_here, seen
 
+from kit.file_bench import Bench, run_here, seen, source
 from torpor.errors import ImageError, Unsupported
 from torpor.images import schema as pb
 from torpor.remote.program import Program
@@ -66,7 +66,9 @@ def gone(end: Callable[[], object]) -> int:
 
 def tree(bench: Bench, *pids: int, threads: tuple[int, ...] = ()) -> None:
     for pid in pids:
-        bench.dumping.tasks[pid] = SimpleNamespace(pid=pid, threads=[SimpleNamespace(tid=tid) for tid in threads])
+        bench.dumping.tasks[pid] = SimpleNamespace(
+            pid=pid, threads=[SimpleNamespace(tid=tid) for tid in threads]
+        )
 
 
 def settle(bench: Bench, number: int, fd: int, *others: tuple[int, int]) -> None:
@@ -79,8 +81,14 @@ def settle(bench: Bench, number: int, fd: int, *others: tuple[int, int]) -> None
 def fetch(bench: Bench, number: int, fd: int, *others: tuple[int, int]) -> None:
     program = Program()
     opened = [(int(name), 0, False) for name in os.listdir("/proc/self/fd")]
-    opened = [(name, *rest) for name, *rest in opened if name != fd and os.path.exists(f"/proc/self/fd/{name}")]
-    task = SimpleNamespace(pid=os.getpid(), fds=[*opened, (fd, number, bool(fcntl.fcntl(fd, fcntl.F_GETFD)))])
+    opened = [
+        (name, *rest)
+        for name, *rest in opened
+        if name != fd and os.path.exists(f"/proc/self/fd/{name}")
+    ]
+    task = SimpleNamespace(
+        pid=os.getpid(), fds=[*opened, (fd, number, bool(fcntl.fcntl(fd, fcntl.F_GETFD)))]
+    )
     RESOURCE.settle_each(bench.building.files[number][1], fd, task, program, bench.building)
     run_here(program)
 
@@ -176,13 +184,9 @@ def test_processes_that_are_gone_stay_different_and_the_same() -> None:
     one, other = gone(lambda: None), gone(lambda: None)
     with Bench() as bench:
         ids = [bench.dump(fd) for fd in (one, other)]
-        entries = [pb.pidfd_entry() for _ in range(2)]
         again = bench.dumping.new_id("file")
-        from kit.file_bench import source
-
         copied = RESOURCE.dump(source(one, again), bench.dumping)
         bench.writer.append("files", pb.file_entry(type=20, id=again, pidfd=copied))
-        assert entries
         bench.commit()
         inodes = [os.fstat(bench.build(number)).st_ino for number in (*ids, again)]
         assert inodes[0] == inodes[2] != inodes[1]
@@ -196,6 +200,16 @@ def test_a_process_outside_of_the_tree_is_named(child: Callable[[], int]) -> Non
     with Bench() as bench, pytest.raises(Unsupported, match=f"process {pid} is not in the tree"):
         bench.dump(fd)
     os.close(fd)
+
+
+@pytest.mark.parametrize("status", [signal.SIGSTOP, 127, 0xFF00, 0xFFFFFFFF])
+def test_an_end_that_no_process_has_does_not_stop_us(status: int) -> None:
+    owner = pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
+    entry = pb.pidfd_entry(id=1, ino=1, flags=0, nspid=-1, fown=owner, exit_status=status)
+    with Bench() as bench:
+        fd = RESOURCE.restore(entry, bench.commit())
+        assert lines(fd)[0] == b"Pid:\t-1\n"
+        os.close(fd)
 
 
 @pytest.mark.parametrize("number", [0, -2])

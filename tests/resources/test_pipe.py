@@ -1,4 +1,6 @@
-"""Pipes through the images: content in its pieces, ends, sizes, flags, owners; none of it is taken out by the dump."""
+"""Pipes through the images: content in its pieces, ends, sizes, flags, owners; none of it is taken
+out by the dump.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import stat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kit.file_bench import Bench, in_child, seen
 from kit.files import slurp
-
 from torpor.errors import ImageError, KernelError, Unsupported
 from torpor.images import schema as pb
 from torpor.images.store import ImageReader
@@ -67,7 +69,10 @@ def data_entries(bench: Bench) -> list[tuple[object, bytes]]:
     return list(ImageReader(bench.dir_fd).iter_with_payload("pipes-data"))
 
 
-@given(writes=st.lists(st.tuples(st.integers(1, 9000), st.booleans()), max_size=12), step=st.sampled_from([1 << 20, 700]))
+@given(
+    writes=st.lists(st.tuples(st.integers(1, 9000), st.booleans()), max_size=12),
+    step=st.sampled_from([1 << 20, 700]),
+)
 @settings(max_examples=60)
 def test_content_comes_back_in_its_pieces(writes: list[tuple[int, bool]], step: int) -> None:
     r, w = os.pipe2(os.O_NONBLOCK)
@@ -143,7 +148,9 @@ def test_size_comes_back_by_either_end(size: int, holders: str) -> None:
     close(r, w)
 
 
-@pytest.mark.parametrize("flags", [0, os.O_NONBLOCK, os.O_DIRECT, os.O_NONBLOCK | os.O_DIRECT, os.O_APPEND])
+@pytest.mark.parametrize(
+    "flags", [0, os.O_NONBLOCK, os.O_DIRECT, os.O_NONBLOCK | os.O_DIRECT, os.O_APPEND]
+)
 @pytest.mark.parametrize("end", [0, 1])
 def test_flags_of_each_end_come_back(flags: int, end: int) -> None:
     ends = os.pipe()
@@ -280,7 +287,10 @@ def test_a_pipe_larger_than_allowed_is_named_with_its_size(monkeypatch: pytest.M
     monkeypatch.setattr(pipe, "fcntl", Fcntl)
     before = os.listdir("/proc/self/fd")
     for verb in (Bench.check, Bench.dump):
-        with Bench() as bench, pytest.raises(Unsupported, match=f"a pipe of {MAX} bytes .*pipe-max-size"):
+        with (
+            Bench() as bench,
+            pytest.raises(Unsupported, match=f"a pipe of {MAX} bytes .*pipe-max-size"),
+        ):
             verb(bench, r)
     assert os.listdir("/proc/self/fd") == before
     close(r, w)
@@ -291,7 +301,9 @@ def images_with(bench: Bench, data: bytes = b"", **fields: object) -> int:
     owner = pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
     entry = pb.pipe_entry(id=1, pipe_id=5, flags=0, fown=owner)
     bench.writer.append("files", pb.file_entry(type=pb.fd_types.PIPE, id=1, pipe=entry))
-    bench.writer.append("pipes-data", pb.pipe_data_entry(pipe_id=5, bytes=len(data), **fields), data)
+    bench.writer.append(
+        "pipes-data", pb.pipe_data_entry(pipe_id=5, bytes=len(data), **fields), data
+    )
     bench.commit()
     return 1
 

@@ -9,8 +9,8 @@ import struct
 
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.file_bench import Bench, in_child, seen
 
+from kit.file_bench import Bench, in_child, seen
 from torpor.linux.call import call
 
 

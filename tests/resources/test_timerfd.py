@@ -10,8 +10,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.file_bench import Bench, run_here, seen
 
+from kit.file_bench import Bench, run_here, seen
 from torpor.errors import ImageError
 from torpor.images import schema as pb
 from torpor.proc import fdinfo, fdinfo_kinds
@@ -46,7 +46,12 @@ def nanoseconds(spec: tuple[int, int]) -> int:
 def same(new: int, old: int) -> None:
     """The new one runs as the old one did a moment ago."""
     a, b = shown(new), shown(old)
-    assert (a.clockid, a.ticks, a.settime_flags, a.it_interval) == (b.clockid, b.ticks, b.settime_flags, b.it_interval)
+    assert (a.clockid, a.ticks, a.settime_flags, a.it_interval) == (
+        b.clockid,
+        b.ticks,
+        b.settime_flags,
+        b.it_interval,
+    )
     assert seen(new) == seen(old)
     assert (a.it_value == (0, 0)) == (b.it_value == (0, 0))
     assert 0 <= nanoseconds(a.it_value) - nanoseconds(b.it_value) < 10 * 10**9
@@ -69,7 +74,9 @@ def trip(fd: int, settle: bool = True) -> int:
 @pytest.mark.parametrize("flags", [0, ABSTIME, ABSTIME | CANCEL_ON_SET, CANCEL_ON_SET])
 @pytest.mark.parametrize("interval", [(0, 0), (3, 7)])
 @pytest.mark.parametrize("settle", [False, True])
-def test_a_running_timer_runs_on(clock: int, flags: int, interval: tuple[int, int], settle: bool) -> None:
+def test_a_running_timer_runs_on(
+    clock: int, flags: int, interval: tuple[int, int], settle: bool
+) -> None:
     fd = make(clock)
     start = time.clock_gettime({8: 0, 9: 7}.get(clock, clock)) if flags & ABSTIME else 0
     arm(fd, flags, (int(start) + SECONDS, 5), interval)
@@ -181,6 +188,9 @@ def test_times_beyond_all_clocks_are_refused(field: str) -> None:
         before = os.listdir("/proc/self/fd")
         with pytest.raises(ImageError):
             RESOURCE.restore(
-                pb.timerfd_entry(id=1, flags=2, fown=owner, clockid=1, ticks=0, settime_flags=1, **values), ctx
+                pb.timerfd_entry(
+                    id=1, flags=2, fown=owner, clockid=1, ticks=0, settime_flags=1, **values
+                ),
+                ctx,
             )
         assert os.listdir("/proc/self/fd") == before

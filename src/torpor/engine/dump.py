@@ -15,6 +15,7 @@ from ..images import schema as pb
 from ..images.store import ImageWriter
 from ..linux import ptrace
 from ..model.source import SourceTask, SourceThread
+from ..proc import maps as proc_maps
 from ..remote.guest import Guest
 from ..remote.program import Program
 from ..remote.tracee import Seized
@@ -164,8 +165,7 @@ class _Dump:
         in_use = task.status.SigCgt | task.status.ShdPnd
         for thread in task.threads:
             in_use |= thread.status.SigPnd
-        vdso = next(((m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind == "vdso"), None)
-        guest = Guest(task.pid, task.vpid, task.mem_fd, preflight.room_for_guest(task, vdso), in_use, self.seized)
+        guest = Guest(task.pid, task.vpid, task.mem_fd, rooms_for_guest(task), in_use, self.seized)
         try:
             for thread in task.threads:
                 with doing(f"thread {thread.tid}"):
@@ -270,6 +270,22 @@ class _Dump:
             for thread in reversed(task.threads):
                 self.seized.forget(thread.tid)
                 _await_end(thread.tid, leave=task.stat.ppid == os.getpid())
+
+
+def rooms_for_guest(task: SourceTask) -> list[int]:
+    """The ends of the task's mappings of code, where ours may lie for a moment: the vDSO's first.
+
+    The others are for programs that have unmapped it: the last page of a segment of code is padded with zeros.
+    """
+    vdso = [mapping.vma.end for mapping in task.mappings if mapping.vma.kind == proc_maps.VDSO]
+    code = [
+        mapping.vma.end
+        for mapping in task.mappings
+        if mapping.vma.kind == proc_maps.FILE
+        and mapping.vma.prot & proc_maps.PROT_EXEC
+        and mapping.vma.flags & proc_maps.MAP_PRIVATE
+    ]
+    return vdso + code
 
 
 def _await_end(tid: int, *, leave: bool) -> None:

@@ -176,10 +176,3 @@ def check_frozen(tasks: dict[int, SourceTask]) -> None:
                     f"tasks {other} and {task.pid} are different processes that share their {what}",
                     hint="wait until the vfork(2) child has called exec",
                 )
-
-
-def room_for_guest(task: SourceTask, vdso: tuple[int, int] | None) -> tuple[int, int]:
-    """Where code of ours may lie in the task: the end of its vDSO."""
-    if vdso is None:
-        raise Unsupported("it has no vDSO", hint="the program unmapped it, or the kernel was booted with vdso=0")
-    return vdso

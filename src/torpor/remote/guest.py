@@ -21,6 +21,8 @@ from .tracee import wait_stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..linux.ptrace import user_regs_struct
     from .program import Program
     from .tracee import Seized
@@ -45,10 +47,11 @@ class Guest:
     """The place inside one process where programs of ours run, one thread at a time."""
 
     def __init__(
-        self, pid: int, vpid: int, mem_fd: int, vdso: tuple[int, int], signals_in_use: int, seized: Seized
+        self, pid: int, vpid: int, mem_fd: int, rooms: Sequence[int], signals_in_use: int, seized: Seized
     ) -> None:
-        """``vpid`` is the pid as the task itself sees it, ``mem_fd`` is /proc/PID/mem, ``vdso`` its (start, end),
-        ``signals_in_use`` a mask of the signals that are caught or pending.
+        """``vpid`` is the pid as the task itself sees it, ``mem_fd`` is /proc/PID/mem, ``rooms`` the ends of mappings of
+        code in whose last page there may be room, the best first; ``signals_in_use`` a mask of the signals that are
+        caught or pending. Raises Unsupported when there is no room.
         """
         self.pid = pid
         self.vpid = vpid
@@ -58,22 +61,21 @@ class Guest:
         self.signal = next(
             (n for n in IGNORED_BY_DEFAULT if not signals_in_use >> (n - 1) & 1), IGNORED_BY_DEFAULT[0]
         )
-        self.code = self._find_room(vdso)
+        self.code = self._find_room(rooms)
 
-    def _find_room(self, vdso: tuple[int, int]) -> int:
-        page_start = vdso[1] - PAGE
-        page = os.pread(self.mem_fd, PAGE, page_start)
-        stale = page.find(machine.GUEST)
-        if stale >= 0:  # left by a dump that was killed; whoever ran it has long left it
-            return page_start + stale
-        used = len(page.rstrip(b"\0"))
-        start = (used + 31) // 16 * 16
-        if start + machine.GUEST_BYTES > PAGE:
-            raise Unsupported(
-                f"task {self.pid}: no room to run in: the vDSO's last page has {PAGE - used} bytes left",
-                hint=f"{machine.GUEST_BYTES} are needed",
-            )
-        return page_start + start
+    def _find_room(self, rooms: Sequence[int]) -> int:
+        for end in rooms:
+            page = os.pread(self.mem_fd, PAGE, end - PAGE)
+            stale = page.find(machine.GUEST)
+            if stale >= 0:  # left by a dump that was killed; whoever ran it has long left it
+                return end - PAGE + stale
+            start = (len(page.rstrip(b"\0")) + 31) // 16 * 16
+            if start + machine.GUEST_BYTES <= PAGE:
+                return end - PAGE + start
+        raise Unsupported(
+            f"task {self.pid}: no room to run in: neither its vDSO nor any other code of it ends in unused bytes",
+            hint=f"{machine.GUEST_BYTES} bytes are needed; was the vDSO unmapped?",
+        )
 
     def run(self, tid: int, vtid: int, program: Program, regs: user_regs_struct, sigmask: int) -> Run:
         """Run ``program`` in the stopped thread ``tid``; afterwards it is stopped as before, with ``regs`` and ``sigmask``.

@@ -1,4 +1,5 @@
-"""Who is told by signal that a file is ready, and the status flags of open file descriptions: what all kinds of files have.
+"""Who is told by signal that a file is ready, and the status flags of open file descriptions: what
+all kinds of files have.
 
 Image: fown_entry, in every entry of files.img. Kernel: fs/fcntl.c (f_setown, setfl).
 """
@@ -29,7 +30,9 @@ _KEEP = (1 << 32) - 1  # setresuid(2): leave this one as it is
 
 
 def dump(source: SourceFile) -> Message:
-    """The fown_entry of a description; all zero where nobody asked for signals. Process ids are those we see."""
+    """The fown_entry of a description; all zero where nobody asked for signals. Process ids are
+    those we see.
+    """
     entry = pb.fown_entry(uid=0, euid=0, signum=0, pid_type=0, pid=0)
     if source.flags & os.O_PATH:
         return entry  # fcntl(2) knows no owner of such a descriptor: EBADF
@@ -45,9 +48,10 @@ def dump(source: SourceFile) -> Message:
 def emit(entry: Message, fd: int, program: Program, flags: int = 0) -> None:
     """Emit the calls by which a task makes ``fd``'s description have this owner.
 
-    The task must still be root in all three of its ids and dumpable, and the owner must exist. ``flags`` are the status
-    flags of the description: with O_ASYNC among them they are set here, because the kernel notes the number of the
-    descriptor by which it is switched on, and tells it in si_fd.
+    The task must still be root in all three of its ids and dumpable, and the owner must exist.
+    ``flags`` are the status flags of the description: with O_ASYNC among them they are set here,
+    because the kernel notes the number of the descriptor by which it is switched on, and tells it
+    in si_fd.
     """
     if entry.signum:
         program.call("fcntl", fd, F_SETSIG, entry.signum, why="signal of the owner")
@@ -66,6 +70,8 @@ def emit(entry: Message, fd: int, program: Program, flags: int = 0) -> None:
 
 
 def set_flags(fd: int, flags: int) -> None:
-    """Give our own ``fd`` those status flags that F_SETFL can change. O_ASYNC is left to :func:`emit`."""
+    """Give our own ``fd`` those status flags that F_SETFL can change. O_ASYNC is left to
+    :func:`emit`.
+    """
     if (fcntl.fcntl(fd, fcntl.F_GETFL) ^ flags) & SETTABLE:
         fcntl.fcntl(fd, F_SETFL, flags & SETTABLE)

@@ -30,7 +30,9 @@ class Eventfd(FileResource):
         seen = fdinfo_kinds.eventfd(source.fdinfo)
         if seen.counter == _FULL:
             # Only the kernel itself (aio, vhost, …) can add to a counter until it overflows.
-            raise unsupported(source, "its counter has overflowed, which no program can bring about")
+            raise unsupported(
+                source, "its counter has overflowed, which no program can bring about"
+            )
         entry = pb.eventfd_file_entry(
             id=source.id, flags=source.flags, fown=ctx.fown(source), counter=seen.counter
         )

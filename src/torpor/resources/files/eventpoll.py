@@ -1,10 +1,12 @@
 """epoll(7): a set of watched descriptors.
 
-Image: file_entry.epfd (eventpoll_file_entry), one eventpoll_tfd_entry for each watch. Kernel: fs/eventpoll.c.
+Image: file_entry.epfd (eventpoll_file_entry), one eventpoll_tfd_entry for each watch. Kernel:
+fs/eventpoll.c.
 
-The kernel knows a watch by the open file description and the number of the descriptor by which it was added. The number may
-stand for something else by now, or for nothing, while the file lives on under another one: ``tfd`` is a number by which the
-task has the file now, as CRIU writes it, ``number`` (ours) the one that it was added by.
+The kernel knows a watch by the open file description and the number of the descriptor by which it
+was added. The number may stand for something else by now, or for nothing, while the file lives on
+under another one: ``tfd`` is a number by which the task has the file now, as CRIU writes it,
+``number`` (ours) the one that it was added by.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 EPOLL_CTL_ADD = 1
 EPOLLERR, EPOLLHUP = 0x8, 0x10  # the kernel adds them to whatever is asked for
-#: EP_PRIVATE_BITS, EPOLLWAKEUP to EPOLLET: how to watch. All that is left of a EPOLLONESHOT watch that has fired.
+#: EP_PRIVATE_BITS, EPOLLWAKEUP to EPOLLET: how to watch. All that is left of a EPOLLONESHOT watch
+#: that has fired.
 PRIVATE_BITS = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 31
 EPOLLONESHOT = 1 << 30
 #: _IOR/_IOW(0x8A, 2/1, struct epoll_params), include/uapi/linux/eventpoll.h (since v6.9)
@@ -77,7 +80,8 @@ class Eventpoll(FileResource):
         spent = [watch for watch in entry.tfd if not watch.events & ~PRIVATE_BITS]
         live = [watch for watch in entry.tfd if watch.events & ~PRIVATE_BITS]
         for watch in spent:
-            # Watched for what it is ready for just now, and that taken: so it has fired, and watches no more.
+            # Watched for what it is ready for just now, and that taken: so it has fired, and
+            # watches no more.
             _add(watch, watch.events | watch.ready, fd, program)
         if any(watch.ready for watch in spent):
             events = program.out(12 * len(spent))
@@ -86,7 +90,8 @@ class Eventpoll(FileResource):
             _add(watch, watch.events, fd, program)
 
 
-# ------------------------------------------------------------------------------------------------ dump
+# ------------------------------------------------------------------------------------------------
+# dump
 
 
 def _busy_poll(fd: int) -> int:
@@ -118,7 +123,8 @@ def _find_all(source: SourceFile) -> list[tuple[EpollTarget, int, int]]:
         fd = _holder(source, target, offset, open_now)
         number = target.tfd
         if fd != number and (number in open_now or number in used):
-            # It cannot be added by this number again. No number at all will ever match it, as before.
+            # It cannot be added by this number again. No number at all will ever match it, as
+            # before.
             number = next(free for free in range(len(taken) + 1) if free not in taken)
             taken.add(number)
         used.add(number)
@@ -154,7 +160,9 @@ def _is_target(source: SourceFile, target: EpollTarget, offset: int, fd: int) ->
 
 
 def _readiness(source: SourceFile, fd: int, ctx: DumpContext) -> int:
-    """The events that the task's ``fd`` is ready for, as poll(2) and epoll call them alike; 0 if not known."""
+    """The events that the task's ``fd`` is ready for, as poll(2) and epoll call them alike; 0 if
+    not known.
+    """
     import select
 
     task = ctx.tasks.get(source.pid)
@@ -167,15 +175,20 @@ def _readiness(source: SourceFile, fd: int, ctx: DumpContext) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------ restore
+# ------------------------------------------------------------------------------------------------
+# restore
 
 
 def _add(watch: Message, events: int, fd: int, program: Program) -> None:
     number = watch.number if watch.HasField("number") else watch.tfd
     if watch.tfd >= FD_MAX or number >= FD_MAX:
-        raise ImageError("files.img", "epfd: tfd", f"{max(watch.tfd, number)} is no file descriptor")
+        raise ImageError(
+            "files.img", "epfd: tfd", f"{max(watch.tfd, number)} is no file descriptor"
+        )
     if number != watch.tfd:
-        program.call("dup3", watch.tfd, number, os.O_CLOEXEC, why="the number that it was watched by")
+        program.call(
+            "dup3", watch.tfd, number, os.O_CLOEXEC, why="the number that it was watched by"
+        )
     event = struct.pack("=IQ", events, watch.data)  # struct epoll_event is packed on x86-64
     program.call("epoll_ctl", fd, EPOLL_CTL_ADD, number, event, why="epoll watch")
     if number != watch.tfd:

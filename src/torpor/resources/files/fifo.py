@@ -1,7 +1,7 @@
 """Named pipes (FIFOs).
 
-Image: file_entry.fifo (fifo_entry); its ``regf_id`` is a REG entry with the path, the flags and the owner. fifo-data holds what
-was in it, as pipes-data does for pipes. Kernel: fs/pipe.c, fifo_open().
+Image: file_entry.fifo (fifo_entry); its ``regf_id`` is a REG entry with the path, the flags and the
+owner. fifo-data holds what was in it, as pipes-data does for pipes. Kernel: fs/pipe.c, fifo_open().
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Fifo(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         named = entry.regf_id if entry.HasField("regf_id") else entry.id
-        # Opened both ways it never waits for its other end, and with it open nor does any other opening.
+        # Opened both ways it never waits for its other end, and with it open nor does any other
+        # opening.
         both = regular.open_file(ctx, named, os.O_RDWR | os.O_NONBLOCK)
         try:
             if not stat.S_ISFIFO(os.fstat(both).st_mode):
@@ -77,7 +78,9 @@ class Fifo(FileResource):
 
 
 def _number(inode: int, ctx: DumpContext) -> int:
-    """A number for the pipe within a FIFO: the inode's, unless it is too long or another file system's FIFO has it."""
+    """A number for the pipe within a FIFO: the inode's, unless it is too long or another file
+    system's FIFO has it.
+    """
     taken = ctx.memo.setdefault(("fifo numbers",), set())
     number = inode & 0xFFFFFFFF
     while number in taken:

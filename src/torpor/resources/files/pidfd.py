@@ -1,10 +1,11 @@
 """pidfd_open(2): a process or thread as a file descriptor.
 
-Image: file_entry.pidfd (pidfd_entry); ``nspid`` is -1 when the process is gone, and ``ino`` then tells which share one.
-Kernel: fs/pidfs.c.
+Image: file_entry.pidfd (pidfd_entry); ``nspid`` is -1 when the process is gone, and ``ino`` then
+tells which share one. Kernel: fs/pidfs.c.
 
-The processes of the tree do not exist yet when files are made. So there is a stand-in at first; the builder replaces its own copy
-when they do, and each holder fetches that one: it stays one description, whoever shares it.
+The processes of the tree do not exist yet when files are made. So there is a stand-in at first; the
+builder replaces its own copy when they do, and each holder fetches that one: it stays one
+description, whoever shares it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
 PIDFD_NONBLOCK, PIDFD_THREAD = os.O_NONBLOCK, os.O_EXCL
 GONE = -1
-#: PIDFD_GET_INFO of include/uapi/linux/pidfd.h, with a struct pidfd_info of 64 bytes, its first version
+#: PIDFD_GET_INFO of include/uapi/linux/pidfd.h, with a struct pidfd_info of 64 bytes, its first
+#: version
 PIDFD_GET_INFO = 0xC040FF0B
 PIDFD_INFO_EXIT = 1 << 3
+#: No process ends by one of these.
+_STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 class Pidfd(FileResource):
@@ -71,20 +75,29 @@ class Pidfd(FileResource):
             made = ctx.once(("gone process", entry.ino), lambda: _make_gone(entry, ctx))
             return int(made.pop(entry.id))
         if entry.nspid <= 0:
-            raise ImageError("files.img", f"file {entry.id}: pidfd: nspid", f"{entry.nspid} is no process id")
+            raise ImageError(
+                "files.img", f"file {entry.id}: pidfd: nspid", f"{entry.nspid} is no process id"
+            )
         ctx.memo.setdefault("after_mappings", []).append(lambda: _replace(entry, ctx))
         return os.pidfd_open(os.getpid())
 
-    def settle_each(self, entry: Message, fd: int, task: Any, program: Program, ctx: BuildContext) -> None:
+    def settle_each(
+        self, entry: Message, fd: int, task: Any, program: Program, ctx: BuildContext
+    ) -> None:
         if entry.nspid == GONE:
             return
         held = {number for number, _, _ in task.fds}
         cloexec = next(cloexec for number, _, cloexec in task.fds if number == fd)
-        # The kernel gives the lowest number that is free, so we know it: dup3 fails if that is not so.
+        # The kernel gives the lowest number that is free, so we know it: dup3 fails if that is not
+        # so.
         free = next(number for number in range(len(held) + 1) if number not in held)
         builder = ctx.built[entry.id]
-        program.call("pidfd_getfd", fd, builder, 0, why="from the builder, whom this stands for as yet")
-        program.call("dup3", free, fd, os.O_CLOEXEC if cloexec else 0, why=f"pidfd of {entry.nspid}")
+        program.call(
+            "pidfd_getfd", fd, builder, 0, why="from the builder, whom this stands for as yet"
+        )
+        program.call(
+            "dup3", free, fd, os.O_CLOEXEC if cloexec else 0, why=f"pidfd of {entry.nspid}"
+        )
         program.call("close", free)
 
 
@@ -95,7 +108,9 @@ def _is_in_tree(pid: int, ctx: DumpContext) -> bool:
 
 
 def _exit_status(fd: int) -> int:
-    """The wait status of a process that is gone; 0 where the kernel does not keep it (before v6.15)."""
+    """The wait status of a process that is gone; 0 where the kernel does not keep it (before
+    v6.15).
+    """
     info = bytearray(64)
     struct.pack_into("=Q", info, 0, PIDFD_INFO_EXIT)
     try:
@@ -126,7 +141,9 @@ def _replace(entry: Message, ctx: BuildContext) -> None:
 
 
 def _make_gone(entry: Message, ctx: BuildContext) -> dict[int, int]:
-    """Descriptors of one process that is gone, for all entries with this inode: file id → descriptor."""
+    """Descriptors of one process that is gone, for all entries with this inode: file id →
+    descriptor.
+    """
     entries = [
         other
         for kind, other in ctx.files.values()
@@ -153,12 +170,13 @@ def _end(status: int) -> None:
     """End the calling process in such a way that its parent sees ``status``."""
     try:
         number = status & 0x7F
-        if number:
+        if number and number not in _STOP_SIGNALS:
             import resource
 
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+            if number != signal.SIGKILL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
             os.kill(os.getpid(), number)
     finally:
         os._exit(status >> 8 & 0xFF)

@@ -1,7 +1,7 @@
 """Pipes: what is in them, in the pieces in which it lies there, and the descriptions of their ends.
 
-Image: file_entry.pipe (pipe_entry), one for each description; pipes-data (pipe_data_entry and the bytes), one for each pipe.
-Kernel: fs/pipe.c, fs/splice.c.
+Image: file_entry.pipe (pipe_entry), one for each description; pipes-data (pipe_data_entry and the
+bytes), one for each pipe. Kernel: fs/pipe.c, fs/splice.c.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Pipe(FileResource):
         return int(made.pop(entry.id))
 
 
-# ------------------------------------------------------------------------------------------------ dump
+# ------------------------------------------------------------------------------------------------
+# dump
 
 
 def check_size(source: SourceFile) -> None:
@@ -76,7 +77,9 @@ def check_size(source: SourceFile) -> None:
 
 
 def save_contents(source: SourceFile, number: int, image: str, ctx: DumpContext) -> None:
-    """Write the pipe_data_entry of the pipe behind ``source``: size, owner, bytes. Nothing is taken out of the pipe."""
+    """Write the pipe_data_entry of the pipe behind ``source``: size, owner, bytes. Nothing is taken
+    out of the pipe.
+    """
     fd = source.borrow()
     size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
     pieces = _contents(source, fd, size)
@@ -152,8 +155,8 @@ def _resize(fd: int, size: int) -> None:
 def take_pieces(reader: int) -> list[Piece]:
     """Empty the pipe ``reader``, which nobody writes to; gives what it held, buffer by buffer.
 
-    A pipe of one buffer, filled from it, tells where its first buffer ends; one that holds the same buffer twice tells by a
-    read(2) whether it is a packet, for a read stops behind a packet.
+    A pipe of one buffer, filled from it, tells where its first buffer ends; one that holds the same
+    buffer twice tells by a read(2) whether it is a packet, for a read stops behind a packet.
     """
     pieces: list[Piece] = []
     one, two = _pair(PAGE), _pair(2 * PAGE)
@@ -187,16 +190,21 @@ def _is_natural(pieces: list[Piece]) -> bool:
     return full and all(len(content) <= PAGE and not packet for content, packet in pieces)
 
 
-# ------------------------------------------------------------------------------------------------ restore
+# ------------------------------------------------------------------------------------------------
+# restore
 
 
 def _make_all(entry: Message, ctx: BuildContext) -> dict[int, int]:
     """Make the pipe and all descriptions of it that the images have: file id → descriptor."""
     number = entry.pipe_id
     entries = [
-        other for kind, other in ctx.files.values() if kind.FD_TYPE == Pipe.FD_TYPE and other.pipe_id == number
+        other
+        for kind, other in ctx.files.values()
+        if kind.FD_TYPE == Pipe.FD_TYPE and other.pipe_id == number
     ]
-    ends = dict(zip((os.O_RDONLY, os.O_WRONLY), os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK), strict=True))
+    ends = dict(
+        zip((os.O_RDONLY, os.O_WRONLY), os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK), strict=True)
+    )
     made: dict[int, int] = {}
     try:
         any_end = ends[os.O_WRONLY]
@@ -215,14 +223,17 @@ def _make_all(entry: Message, ctx: BuildContext) -> dict[int, int]:
             os.close(fd)
         raise
     finally:
-        # An end that nobody holds has to be gone: end of file, or SIGPIPE, is what the other one shows.
+        # An end that nobody holds has to be gone: end of file, or SIGPIPE, is what the other one
+        # shows.
         for fd in ends.values():
             os.close(fd)
     return made
 
 
 def fill(fd: int, number: int, image: str, ctx: BuildContext) -> None:
-    """Give the empty pipe ``fd`` (open for writing, not blocking) the size, owner and bytes that ``image`` has for it."""
+    """Give the empty pipe ``fd`` (open for writing, not blocking) the size, owner and bytes that
+    ``image`` has for it.
+    """
     found = ctx.once((image,), lambda: _all_contents(image, ctx)).get(number)
     if found is None:
         return
@@ -255,7 +266,9 @@ def _pieces_of(entry: Message, data: bytes, image: str) -> list[Piece]:
         return [(data[at : at + PAGE], False) for at in range(0, len(data), PAGE)]
     sizes = [length >> 1 for length in lengths]
     if sum(sizes) != len(data) or not all(0 < size <= _PIECE_BYTES_MAX for size in sizes):
-        raise ImageError(f"{image}.img", f"pipe {entry.pipe_id}: buffer", f"does not add up to {len(data)} bytes")
+        raise ImageError(
+            f"{image}.img", f"pipe {entry.pipe_id}: buffer", f"does not add up to {len(data)} bytes"
+        )
     pieces, at = [], 0
     for length, size in zip(lengths, sizes, strict=True):
         pieces.append((data[at : at + size], bool(length & 1)))
@@ -264,7 +277,9 @@ def _pieces_of(entry: Message, data: bytes, image: str) -> list[Piece]:
 
 
 def _put_pieces(fd: int, pieces: list[Piece]) -> None:
-    """Add one buffer for each piece. A write(2) would add to the last buffer; what splice(2) moves stays one."""
+    """Add one buffer for each piece. A write(2) would add to the last buffer; what splice(2) moves
+    stays one.
+    """
     ends = _pair(DEFAULT_BYTES)
     try:
         for content, packet in pieces:
@@ -278,7 +293,9 @@ def _put_pieces(fd: int, pieces: list[Piece]) -> None:
 
 
 def _inherit(given: int, flags: int) -> int:
-    """A description of what the caller gave in place of the pipe, one of our own where that can be had."""
+    """A description of what the caller gave in place of the pipe, one of our own where that can be
+    had.
+    """
     kind = stat.S_IFMT(os.fstat(given).st_mode)
     if kind in (stat.S_IFIFO, stat.S_IFCHR):
         try:

@@ -1,4 +1,5 @@
-"""signalfd(2): signals read from a file descriptor. The signals themselves are pending in the tasks, not in here.
+"""signalfd(2): signals read from a file descriptor. The signals themselves are pending in the
+tasks, not in here.
 
 Image: file_entry.sgfd (signalfd_entry). Kernel: fs/signalfd.c.
 """

@@ -1,6 +1,7 @@
 """timerfd_create(2): a timer behind a file descriptor.
 
-Image: file_entry.tfd (timerfd_entry); the value is the time left, for absolute timers too. Kernel: fs/timerfd.c.
+Image: file_entry.tfd (timerfd_entry); the value is the time left, for absolute timers too. Kernel:
+fs/timerfd.c.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _NS = 1_000_000_000
 
 
 class Timerfd(FileResource):
-    """A timer of a clock, what is left of it, its period, and the expirations that nobody has read yet."""
+    """A timer of a clock, what is left of it, its period, and the expirations that nobody has read
+    yet.
+    """
 
     FD_TYPE, FIELD = 17, "tfd"
     LINKS = ("anon_inode:[timerfd]",)
@@ -60,7 +63,9 @@ class Timerfd(FileResource):
             try:
                 call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), None)
             except KernelError as error:
-                if error.errno != errno.ECANCELED:  # the clock was set right now: the timer runs, and will tell
+                if (
+                    error.errno != errno.ECANCELED
+                ):  # the clock was set right now: the timer runs, and will tell
                     raise
             if entry.ticks:
                 fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("=Q", entry.ticks))
@@ -70,20 +75,24 @@ class Timerfd(FileResource):
         return fd
 
     def settle(self, entry: Message, fd: int, program: Program, ctx: BuildContext) -> None:
-        # The time that the restore takes is not to count. An absolute timer goes by its clock, which does not wait.
+        # The time that the restore takes is not to count. An absolute timer goes by its clock,
+        # which does not wait.
         if entry.settime_flags & TFD_TIMER_ABSTIME or not (entry.vsec or entry.vnsec):
             return
-        program.call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), 0, why="timerfd starts")
+        program.call(
+            "timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), 0, why="timerfd starts"
+        )
         if entry.ticks:
             ticks = struct.pack("=Q", entry.ticks)
             program.call("ioctl", fd, TFD_IOC_SET_TICKS, ticks, why="expirations not read yet")
 
 
 def _bring_up_to_date(fd: int) -> tuple[int, int]:
-    """Count the expirations of a periodic timer and start it again, as a read(2) would; gives what is left.
+    """Count the expirations of a periodic timer and start it again, as a read(2) would; gives what
+    is left.
 
-    Once it has expired, a periodic timer stands still until somebody asks, and fdinfo does not: it shows one expiration
-    and no time left, which is how a timer looks that was switched off.
+    Once it has expired, a periodic timer stands still until somebody asks, and fdinfo does not: it
+    shows one expiration and no time left, which is how a timer looks that was switched off.
     """
     spec = buffer(32)
     call("timerfd_gettime", fd, spec)
