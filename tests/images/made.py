@@ -51,7 +51,7 @@ def values(field: Any, depth: int) -> st.SearchStrategy[Any]:
 
 @st.composite
 def messages(draw: st.DrawFn, name: str, depth: int = 4) -> Any:
-    """Any message called ``name`` with all that it requires; deeper than ``depth``, nothing else."""
+    """Any message called ``name`` with all it requires; deeper than ``depth``, nothing else."""
     message = pb.message_class(name)()
     for field in message.DESCRIPTOR.fields:
         label = label_of(field)

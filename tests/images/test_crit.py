@@ -66,7 +66,8 @@ def test_the_form() -> None:
         '{"magic": "PSTREE", "entries": '
         '[{"pid": 1, "ppid": 0, "pgid": 1, "sid": 1, "threads": [1, 5]}]}'
     )
-    assert crit.to_json(what, pretty=True).startswith('{\n    "magic": "PSTREE",\n    "entries": [\n')
+    pretty = crit.to_json(what, pretty=True)
+    assert pretty.startswith('{\n    "magic": "PSTREE",\n    "entries": [\n')
 
 
 def test_values() -> None:
@@ -266,7 +267,8 @@ def fill(writer: ImageWriter) -> None:
         mm.vmas.append(vma)
     writer.append("mm-5", mm)
     writer.append("pagemap-5", pb.pagemap_head(pages_id=1))
-    writer.append("pagemap-5", pb.pagemap_entry(vaddr=0x2000, compat_nr_pages=0, flags=4, nr_pages=3))
+    run = pb.pagemap_entry(vaddr=0x2000, compat_nr_pages=0, flags=4, nr_pages=3)
+    writer.append("pagemap-5", run)
     os.truncate(writer.raw("pages-1"), 3 * 4096)
 
 

@@ -36,9 +36,10 @@ def test_an_image_is_called_as_criu_calls_it(name: str, file: str, head: str) ->
 @pytest.mark.parametrize(
     "name",
     [
-        "", "core", "core-", "core-x", "core-1f", "core--1", "core-1/../2", "../core-1", "/etc/passwd",
-        "core-1.img", "core-1\0", "core-123456789012345678901", "files-1", "parent", "dump.log",
-        "ghost-file-1F", "tmpfs-5", "core-5.tar.gz", "stats-x", "stats", "core-\u0661", ".", "..",
+        "", "core", "core-", "core-x", "core-1f", "core--1", "core-1/../2", "../core-1",
+        "/etc/passwd", "core-1.img", "core-1\0", "core-123456789012345678901", "files-1", "parent",
+        "dump.log", "ghost-file-1F", "tmpfs-5", "core-5.tar.gz", "stats-x", "stats",
+        "core-\u0661", ".", "..",
     ],
 )  # fmt: skip
 def test_nothing_else_is_an_image(name: str) -> None:
@@ -47,7 +48,9 @@ def test_nothing_else_is_an_image(name: str) -> None:
         magic.file_name(name)
 
 
-@pytest.mark.parametrize("file", ["core-1", "stats-dump.img", "core-1.img.img", "core-1.IMG", ".img"])
+@pytest.mark.parametrize(
+    "file", ["core-1", "stats-dump.img", "core-1.img.img", "core-1.IMG", ".img"]
+)
 def test_nothing_else_is_an_image_file(file: str) -> None:
     assert magic.image_name(file) is None
 

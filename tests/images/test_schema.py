@@ -1,4 +1,4 @@
-"""The schema is CRIU's, the compiled set is the sources', and it loads however protobuf is built."""
+"""The schema is CRIU's, the compiled set the sources', and it loads however protobuf is built."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_every_image_has_its_message() -> None:
 
 
 def test_a_message_is_what_protobuf_says() -> None:
-    entry = pb.eventfd_file_entry(id=1, flags=2, counter=3, fown=least("fown_entry"), semaphore=True)
+    entry = pb.eventfd_file_entry(id=1, flags=2, fown=least("fown_entry"), counter=3)
     assert entry.SerializeToString().startswith(b"\x08\x01\x10\x02\x1a")
     assert pb.eventfd_file_entry is pb.eventfd_file_entry
     assert type(entry.fown) is pb.fown_entry

@@ -79,14 +79,15 @@ def test_mappings(made: Set) -> None:
     ]
     lines = show.render_mappings(shown).splitlines()
     assert lines[0].split() == ["ADDRESS", "PROT", "SIZE", "STORED", "OFFSET", "MAPPED"]
-    assert lines[1].split() == ["000000001000-000000003000", "r-xp", "8.0K", "4.0K", "2000", "/bin/sh"]
+    assert lines[1].split(maxsplit=1)[0] == "000000001000-000000003000"
+    assert lines[1].split()[1:] == ["r-xp", "8.0K", "4.0K", "2000", "/bin/sh"]
 
 
 OPEN_FILES = {
     "reg": ("reg_file_entry", {"name": "/etc/passwd", "flags": 0, "pos": 7}, "/etc/passwd"),
     "pipe": ("pipe_entry", {"pipe_id": 9, "flags": 1}, "pipe:[9]"),
     "eventfd": ("eventfd_file_entry", {"counter": 3, "semaphore": True}, "count 3 semaphore"),
-    "unixsk": ("unix_sk_entry", {"ino": 5, "peer": 6, "name": b"\0abstract"}, "unix 5 ↔ 6 @abstract"),
+    "unixsk": ("unix_sk_entry", {"ino": 5, "peer": 6, "name": b"\0abc"}, "unix 5 ↔ 6 @abc"),
     "inetsk": (
         "inet_sk_entry",
         {"proto": 6, "state": 1, "src_port": 80, "dst_port": 1, "src_addr": [0x0100007F],

@@ -45,7 +45,7 @@ def ready(epoll: int) -> list[tuple[int, int]]:
 
 
 def trip(epoll: int) -> tuple[int, Program]:
-    """A copy of the epoll, with the watches added in this process, which has all that is watched."""
+    """A copy of the epoll; its watches are added in this process, which has all the files."""
     with Bench() as bench:
         bench.dumping.tasks[os.getpid()] = SimpleNamespace(
             pid=os.getpid(), pidfd=os.pidfd_open(os.getpid())

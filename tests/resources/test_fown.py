@@ -56,7 +56,7 @@ def test_nothing_is_done_where_nobody_asked() -> None:
 def test_owner_signal_and_async_come_back(kind: int, number: int, flags: int) -> None:
     def work() -> None:
         os.setpgid(0, 0)
-        (old, a), (new, b) = os.pipe(), os.pipe()
+        (old, _), (new, _) = os.pipe(), os.pipe()
         fcntl.fcntl(old, F_SETOWN_EX, struct.pack("ii", kind, os.getpid()))
         fcntl.fcntl(old, F_SETSIG, number)
         fcntl.fcntl(old, fcntl.F_SETFL, flags)
@@ -70,7 +70,7 @@ def test_owner_signal_and_async_come_back(kind: int, number: int, flags: int) ->
 @pytest.mark.parametrize("ids", [(0, 1234), (1234, 0), (1234, 4321), (0, 0)])
 def test_the_owners_credentials_come_back_and_ours_stay(ids: tuple[int, int]) -> None:
     def work() -> None:
-        (old, a), (new, b) = os.pipe(), os.pipe()
+        (old, _), (new, _) = os.pipe(), os.pipe()
         os.setresuid(*ids, 0)
         fcntl.fcntl(old, F_SETOWN_EX, struct.pack("ii", PID, os.getpid()))
         os.setresuid(0, 0, 0)
@@ -93,7 +93,7 @@ def test_si_fd_is_the_tasks_own_number() -> None:
     """
 
     def work() -> None:
-        (old, a), (new, writer) = os.pipe(), os.pipe()
+        (old, _), (new, writer) = os.pipe(), os.pipe()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         fcntl.fcntl(old, F_SETOWN_EX, struct.pack("ii", PID, os.getpid()))
         fcntl.fcntl(old, F_SETSIG, signal.SIGUSR1)

@@ -24,9 +24,6 @@ TYPE_FD = {
     "Landlock": lambda: call("landlock_create_ruleset", struct.pack("=Q", 1), 8, 0),
     "fsopen": lambda: call("fsopen", b"tmpfs\0", 0),
     "memfd_secret": lambda: call("memfd_secret", 0),
-    "net namespace": lambda: os.open("/proc/self/ns/net", os.O_RDONLY),
-    "mnt namespace": lambda: os.open("/proc/self/ns/mnt", os.O_RDONLY),
-    "user namespace": lambda: os.open("/proc/self/ns/user", os.O_RDONLY),
     "virtual machines": lambda: os.open("/dev/kvm", os.O_RDWR),
     "tunnel": lambda: os.open("/dev/net/tun", os.O_RDWR),
 }
@@ -63,9 +60,9 @@ def test_it_is_named_before_anything_is_frozen(name: str) -> None:
     ],
 )
 def test_sockets_are_not_supported_yet(family: int, kind: int) -> None:
-    with socket.socket(family, kind) as one, Bench() as bench:
-        with pytest.raises(Unsupported, match="not supported yet"):
-            bench.check(one.fileno())
+    refuses = pytest.raises(Unsupported, match="not supported yet")
+    with socket.socket(family, kind) as one, Bench() as bench, refuses:
+        bench.check(one.fileno())
 
 
 def test_a_perf_event_and_a_seccomp_listener_are_named() -> None:

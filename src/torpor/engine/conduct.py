@@ -29,7 +29,6 @@ ALL_SIGNALS = (1 << 64) - 1
 SIGSTOP = 19
 FATAL = (4, 7, 8, 11, 31)  # what a wrong program earns: SIGILL SIGBUS SIGFPE SIGSEGV SIGSYS
 FORKS = (ptrace.EVENT_FORK, ptrace.EVENT_VFORK, ptrace.EVENT_CLONE)
-TIMEOUT_S = 600.0  # a program reads all pages of its task before it stops
 
 
 def check_vdso(snapshot: Snapshot) -> None:
@@ -92,8 +91,8 @@ class Conductor:
 
     def launch(self, keep: list[int], *, sibling: bool) -> int:
         """Start the root's stub; returns its pid."""
-        stub.subreaper(True)
-        self.ctx.undo.add("child subreaper", lambda: stub.subreaper(False))
+        if not stub.become_subreaper():
+            self.ctx.undo.add("child subreaper", stub.resign_as_subreaper)
         root = self.snapshot.root
         pid, _ = stub.launch([root.pid], self.arena, keep, sibling=sibling, loginuid=_loginuid_of(root))
         self.live[pid] = self.programs[root.pid]
@@ -146,7 +145,7 @@ class Conductor:
         """Let a running stub come to its next stop; stubs that it forks are set going on the way."""
         while True:
             try:
-                stop = wait_stop(tid, TIMEOUT_S)
+                stop = wait_stop(tid)
             except TaskGone as error:
                 raise self._ended_early(tid, error) from None
             if stop.event in FORKS:

@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 
-from ..errors import KernelError, TaskGone, doing
+from ..errors import KernelError, TaskGone, Unsupported, doing
 from ..images import schema as pb
 from ..images.pages import PE_PARENT, PE_PRESENT, PagemapWriter
 from ..linux import kernel
@@ -74,6 +74,9 @@ class MemoryDumper:
         for mapping in task.mappings:
             vma = mapping.vma
             with doing(f"mapping {vma.start:x}-{vma.end:x}"):
+                trouble = mapping_trouble(mapping)
+                if trouble:
+                    raise Unsupported(trouble[0], hint=trouble[1])
                 resource = self.kinds.find(mapping)
                 one = entry.vmas.add()
                 self._vma_entry(mapping, one)

@@ -110,9 +110,19 @@ def read_pagemap(reader: ImageReader, name: str) -> Pagemap:
 
     Raises ImageError naming the entry that is wrong.
     """
-    file = magic.file_name(name)
     spans = reader.spans(name, required=True)
-    pages_id: int = next(spans).message.pages_id
+    try:
+        pages_id: int = next(spans).message.pages_id
+        runs, stored = _checked(spans, magic.file_name(name))
+    finally:
+        spans.close()  # and with it the file, now, not when the error is forgotten
+    if stored:
+        _check_pages_file(reader, f"pages-{pages_id}", stored, magic.file_name(name))
+    return Pagemap(name, pages_id, runs)
+
+
+def _checked(spans: Iterator[Any], file: str) -> tuple[list[Run], int]:
+    """The runs, and how many bytes the pages file has to have for them."""
     runs: list[Run] = []
     end = offset = 0
     for index, span in enumerate(spans, 1):
@@ -131,9 +141,7 @@ def read_pagemap(reader: ImageReader, name: str) -> Pagemap:
             offset += size
         else:
             runs.append(Run(vaddr, nr_pages, flags, -1, -1, entry.same_as))
-    if offset:
-        _check_pages_file(reader, f"pages-{pages_id}", offset, file)
-    return Pagemap(name, pages_id, runs)
+    return runs, offset
 
 
 def _nr_pages(entry: Any) -> int:

@@ -23,7 +23,7 @@ from . import schema as pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from types import TracebackType
     from typing import Any
 
@@ -40,6 +40,20 @@ def _kernel(what: str, error: OSError) -> KernelError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "the file system of the images directory is full"
     return KernelError(what, error.errno, hint=hint)
+
+
+def _files(directory: int) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        raise _kernel("read the images directory", error) from None
+
+
+def _size(fd: int, file: str) -> int:
+    try:
+        return os.fstat(fd).st_size
+    except OSError as error:
+        raise _kernel(f"stat `{file}`", error) from None
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -93,7 +107,7 @@ class ImageWriter:
         written = {magic.file_name(name) for name in self._outputs}
         return sorted(
             file
-            for file in os.listdir(self._dir)
+            for file in _files(self._dir)
             if magic.image_name(file) is not None and file not in written
         )
 
@@ -215,7 +229,7 @@ class ImageWriter:
         self._remove_on_failure(temporary)
 
     def _put_in_place(self) -> None:
-        present = set(os.listdir(self._dir))
+        present = set(_files(self._dir))
         replaced: list[str] = []
         for file in self._superfluous():
             self._set_aside(file, replaced)
@@ -227,7 +241,7 @@ class ImageWriter:
             file = magic.file_name(output.name)
             if file in present:
                 self._set_aside(file, replaced)
-            output.size = os.fstat(output.fd).st_size
+            output.size = _size(output.fd, file)
             self._rename(output.temporary, file)
             self._remove_on_failure(file)
         self._undo.commit()
@@ -306,7 +320,7 @@ class _Source:
     def __init__(self, fd: int, file: str) -> None:
         self.fd = fd
         self.file = file
-        self.size = os.fstat(fd).st_size
+        self.size = _size(fd, file)
         self._data = b""
         self._at = 0
 
@@ -349,7 +363,7 @@ class ImageReader:
 
     def names(self) -> list[str]:
         """All images in the directory, sorted."""
-        found = (magic.image_name(file) for file in os.listdir(self._dir))
+        found = (magic.image_name(file) for file in _files(self._dir))
         return sorted(name for name in found if name is not None)
 
     def has(self, name: str) -> bool:
@@ -366,7 +380,7 @@ class ImageReader:
         """Bytes in the image's file."""
         fd = self.open(name)
         try:
-            return os.fstat(fd).st_size
+            return _size(fd, magic.file_name(name))
         finally:
             os.close(fd)
 
@@ -396,7 +410,7 @@ class ImageReader:
         finally:
             os.close(source.fd)
 
-    def spans(self, name: str, *, required: bool = False) -> Iterator[Span]:
+    def spans(self, name: str, *, required: bool = False) -> Generator[Span, None, None]:
         """As :meth:`iter_with_payload`, but only says where in the file (:meth:`open`) it lies."""
         source = self._source(name, required)
         if source is None:

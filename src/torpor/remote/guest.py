@@ -88,7 +88,8 @@ class Guest:
         ptrace.set_sigmask(tid, ALL_SIGNALS & ~(1 << (self.signal - 1)))
         start = regs.copy()
         start.ip, start.orig_ax, start.ax = self.code, ALL_SIGNALS, NR["mmap"]
-        start.di, start.si, start.dx, start.r10, start.r8, start.r9 = 0, size, 3, 0x22, ALL_SIGNALS, 0
+        # Shared, so that it does not count for RLIMIT_DATA.
+        start.di, start.si, start.dx, start.r10, start.r8, start.r9 = 0, size, 3, 0x21, ALL_SIGNALS, 0
         self.unclean = True
         ptrace.set_regs(tid, start)
         self._resume(tid)

@@ -30,6 +30,7 @@ PAGE = 4096
 CLONE_VM, CLONE_PARENT = 0x100, 0x8000
 AT_EMPTY_PATH = 0x1000
 F_SETFD = 2
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 CLONE_NEWTIME = 0x80
 OPTIONS = (
     ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD | ptrace.O_TRACEFORK | ptrace.O_TRACEVFORK | ptrace.O_TRACECLONE
@@ -266,6 +267,15 @@ def kill(pids: Sequence[int]) -> None:
             continue
 
 
-def subreaper(on: bool) -> None:
-    """Be the one to whom orphans among our descendants come, or no longer."""
-    call("prctl", 36, int(on), 0, 0, 0)
+def become_subreaper() -> bool:
+    """Be the one to whom orphans among our descendants come; were we before?"""
+    before = ctypes.c_int()
+    call("prctl", PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    if not before.value:
+        call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return bool(before.value)
+
+
+def resign_as_subreaper() -> None:
+    """Be it no longer."""
+    call("prctl", PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

@@ -43,32 +43,47 @@ class Stop:
         return f"Stop(signal={self.signal}, event={self.event})"
 
 
-def wait_stop(tid: int, timeout_s: float = 10.0) -> Stop:
+def wait_stop(tid: int) -> Stop:
     """Wait until ``tid``, a tracee, stops.
 
-    Raises TaskGone when it ends instead (it is reaped as a tracee; its parent still gets its exit status), and
-    Unsupported when it does not stop in time: it sits in an uninterruptible state.
+    Raises TaskGone when it ends instead. It is reaped as a tracee then; its parent still gets its exit status.
     """
-    deadline = 0.0
-    for attempt in range(1 << 30):
-        try:
-            pid, status = ptrace.wait(tid, os.WNOHANG)
-        except ChildProcessError:
-            raise TaskGone(f"task {tid} is gone") from None
-        if pid:
-            if os.WIFSTOPPED(status):
-                return Stop(status)
-            raise TaskGone(f"task {tid} ended ({_ending(status)})")
-        if attempt == 100:
-            deadline = time.monotonic() + timeout_s
-        elif attempt > 100:
-            if time.monotonic() > deadline:
-                raise Unsupported(
-                    f"task {tid} did not stop within {timeout_s:g} s",
-                    hint=f"it is in an uninterruptible wait, see /proc/{tid}/wchan and its state in /proc/{tid}/stat",
-                )
-            time.sleep(min(0.0001 * (attempt - 99), 0.005))
-    raise AssertionError
+    stop = _wait(tid, 0)
+    assert stop is not None
+    return stop
+
+
+def wait_stop_for(tid: int, timeout_s: float) -> Stop:
+    """As :func:`wait_stop`, for a task that may sit in an uninterruptible state: raises Unsupported after ``timeout_s``."""
+    for _ in range(200):
+        stop = _wait(tid, os.WNOHANG)
+        if stop is not None:
+            return stop
+        os.sched_yield()
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.0001
+    while time.monotonic() < deadline:
+        time.sleep(pause_s)
+        stop = _wait(tid, os.WNOHANG)
+        if stop is not None:
+            return stop
+        pause_s = min(pause_s * 1.5, 0.005)
+    raise Unsupported(
+        f"task {tid} did not stop within {timeout_s:g} s",
+        hint=f"it is in an uninterruptible wait, see /proc/{tid}/wchan and its state in /proc/{tid}/stat",
+    )
+
+
+def _wait(tid: int, flags: int) -> Stop | None:
+    try:
+        pid, status = ptrace.wait(tid, flags)
+    except ChildProcessError:
+        raise TaskGone(f"task {tid} is gone") from None
+    if not pid:
+        return None
+    if os.WIFSTOPPED(status):
+        return Stop(status)
+    raise TaskGone(f"task {tid} ended ({_ending(status)})")
 
 
 def _ending(status: int) -> str:
@@ -131,7 +146,7 @@ class Seized:
     def _wait_interrupt(self, tid: int) -> bool:
         try:
             while True:
-                stop = wait_stop(tid, self.timeout_s)
+                stop = wait_stop_for(tid, self.timeout_s)
                 if stop.event == ptrace.EVENT_STOP:
                     self._pending.discard(tid)
                     self.stops[tid] = stop
@@ -157,7 +172,7 @@ class Seized:
             # It was asked to stop and did not yet: only a stopped task can be detached.
             self._pending.discard(tid)
             try:
-                self.stops[tid] = wait_stop(tid, 1.0)
+                self.stops[tid] = wait_stop_for(tid, 1.0)
             except (TaskGone, Unsupported):
                 continue
         for tid in list(self.stops):

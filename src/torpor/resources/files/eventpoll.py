@@ -90,8 +90,7 @@ class Eventpoll(FileResource):
             _add(watch, watch.events, fd, program)
 
 
-# ------------------------------------------------------------------------------------------------
-# dump
+# --------------------------------------------------------------------------------------------- dump
 
 
 def _busy_poll(fd: int) -> int:
@@ -123,8 +122,7 @@ def _find_all(source: SourceFile) -> list[tuple[EpollTarget, int, int]]:
         fd = _holder(source, target, offset, open_now)
         number = target.tfd
         if fd != number and (number in open_now or number in used):
-            # It cannot be added by this number again. No number at all will ever match it, as
-            # before.
+            # By this number it cannot be added again. As before, no number will ever match it.
             number = next(free for free in range(len(taken) + 1) if free not in taken)
             taken.add(number)
         used.add(number)
@@ -144,7 +142,8 @@ def _holder(source: SourceFile, target: EpollTarget, offset: int, open_now: set[
             return fd
     raise unsupported(
         source,
-        f"it watches a file that was added as fd {target.tfd} and that task {source.pid} has closed since",
+        f"it watches a file that was added as fd {target.tfd} and that task {source.pid} has"
+        " closed since",
         hint="the file is held by another process; remove the watch before the file is closed",
     )
 
@@ -160,9 +159,7 @@ def _is_target(source: SourceFile, target: EpollTarget, offset: int, fd: int) ->
 
 
 def _readiness(source: SourceFile, fd: int, ctx: DumpContext) -> int:
-    """The events that the task's ``fd`` is ready for, as poll(2) and epoll call them alike; 0 if
-    not known.
-    """
+    """The events that the task's ``fd`` is ready for, as poll(2) and epoll(7) call them alike."""
     import select
 
     task = ctx.tasks.get(source.pid)
@@ -175,8 +172,7 @@ def _readiness(source: SourceFile, fd: int, ctx: DumpContext) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------
-# restore
+# ------------------------------------------------------------------------------------------ restore
 
 
 def _add(watch: Message, events: int, fd: int, program: Program) -> None:

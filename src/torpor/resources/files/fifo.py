@@ -54,8 +54,7 @@ class Fifo(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         named = entry.regf_id if entry.HasField("regf_id") else entry.id
-        # Opened both ways it never waits for its other end, and with it open nor does any other
-        # opening.
+        # Opened both ways it does not wait for its other end, and then nor does the real opening.
         both = regular.open_file(ctx, named, os.O_RDWR | os.O_NONBLOCK)
         try:
             if not stat.S_ISFIFO(os.fstat(both).st_mode):
@@ -78,9 +77,7 @@ class Fifo(FileResource):
 
 
 def _number(inode: int, ctx: DumpContext) -> int:
-    """A number for the pipe within a FIFO: the inode's, unless it is too long or another file
-    system's FIFO has it.
-    """
+    """A number for the pipe in a FIFO: the inode's, or the next one that no other FIFO has."""
     taken = ctx.memo.setdefault(("fifo numbers",), set())
     number = inode & 0xFFFFFFFF
     while number in taken:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 PIDFD_NONBLOCK, PIDFD_THREAD = os.O_NONBLOCK, os.O_EXCL
 GONE = -1
-#: PIDFD_GET_INFO of include/uapi/linux/pidfd.h, with a struct pidfd_info of 64 bytes, its first
-#: version
+#: include/uapi/linux/pidfd.h; the size in it is that of the first struct pidfd_info, 64 bytes
 PIDFD_GET_INFO = 0xC040FF0B
 PIDFD_INFO_EXIT = 1 << 3
 #: No process ends by one of these.
@@ -88,8 +87,7 @@ class Pidfd(FileResource):
             return
         held = {number for number, _, _ in task.fds}
         cloexec = next(cloexec for number, _, cloexec in task.fds if number == fd)
-        # The kernel gives the lowest number that is free, so we know it: dup3 fails if that is not
-        # so.
+        # The kernel gives the lowest free number, so we know it; otherwise dup3 would fail.
         free = next(number for number in range(len(held) + 1) if number not in held)
         builder = ctx.built[entry.id]
         program.call(
@@ -108,9 +106,7 @@ def _is_in_tree(pid: int, ctx: DumpContext) -> bool:
 
 
 def _exit_status(fd: int) -> int:
-    """The wait status of a process that is gone; 0 where the kernel does not keep it (before
-    v6.15).
-    """
+    """The wait status of a process that is gone; 0 where the kernel forgets it (before v6.15)."""
     info = bytearray(64)
     struct.pack_into("=Q", info, 0, PIDFD_INFO_EXIT)
     try:
@@ -141,9 +137,7 @@ def _replace(entry: Message, ctx: BuildContext) -> None:
 
 
 def _make_gone(entry: Message, ctx: BuildContext) -> dict[int, int]:
-    """Descriptors of one process that is gone, for all entries with this inode: file id →
-    descriptor.
-    """
+    """For all entries with this inode, one process that is gone: file id → descriptor."""
     entries = [
         other
         for kind, other in ctx.files.values()

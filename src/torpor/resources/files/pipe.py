@@ -34,7 +34,7 @@ Piece = tuple[bytes, bool]
 
 
 class Pipe(FileResource):
-    """One end of a pipe, or both in one description if it was opened again for reading and writing."""
+    """An end of a pipe; or both, where one was opened again for reading and writing."""
 
     FD_TYPE, FIELD = 2, "pipe"
     MODES = (stat.S_IFIFO,)
@@ -63,8 +63,7 @@ class Pipe(FileResource):
         return int(made.pop(entry.id))
 
 
-# ------------------------------------------------------------------------------------------------
-# dump
+# --------------------------------------------------------------------------------------------- dump
 
 
 def check_size(source: SourceFile) -> None:
@@ -77,9 +76,7 @@ def check_size(source: SourceFile) -> None:
 
 
 def save_contents(source: SourceFile, number: int, image: str, ctx: DumpContext) -> None:
-    """Write the pipe_data_entry of the pipe behind ``source``: size, owner, bytes. Nothing is taken
-    out of the pipe.
-    """
+    """Write the pipe_data_entry of a pipe: size, owner, bytes. Nothing is taken out of the pipe."""
     fd = source.borrow()
     size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
     pieces = _contents(source, fd, size)
@@ -98,7 +95,8 @@ def _contents(source: SourceFile, fd: int, size: int) -> list[Piece]:
     own = -1
     if source.flags & os.O_ACCMODE == os.O_WRONLY:
         if source.flags & os.O_ASYNC and not _has_readers(fd):
-            return []  # nobody can read what is in it, and a reader who comes and goes would raise SIGIO
+            # Nobody can read what is in it, and a reader who comes and goes would raise SIGIO.
+            return []
         own = fd = reopen(fd, os.O_RDONLY | os.O_NONBLOCK)
     ends = _pair(size, source)
     try:
@@ -144,11 +142,8 @@ def _resize(fd: int, size: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
     except OSError as error:
         assert error.errno is not None
-        hint = (
-            "raise /proc/sys/fs/pipe-max-size (and pipe-user-pages-soft, -hard), or have CAP_SYS_RESOURCE"
-            if error.errno == errno.EPERM
-            else ""
-        )
+        limits = "/proc/sys/fs/pipe-max-size (and pipe-user-pages-soft, -hard)"
+        hint = f"raise {limits}, or have CAP_SYS_RESOURCE" if error.errno == errno.EPERM else ""
         raise KernelError(f"fcntl(F_SETPIPE_SZ, {size})", error.errno, hint=hint) from None
 
 
@@ -190,8 +185,7 @@ def _is_natural(pieces: list[Piece]) -> bool:
     return full and all(len(content) <= PAGE and not packet for content, packet in pieces)
 
 
-# ------------------------------------------------------------------------------------------------
-# restore
+# ------------------------------------------------------------------------------------------ restore
 
 
 def _make_all(entry: Message, ctx: BuildContext) -> dict[int, int]:
@@ -223,17 +217,14 @@ def _make_all(entry: Message, ctx: BuildContext) -> dict[int, int]:
             os.close(fd)
         raise
     finally:
-        # An end that nobody holds has to be gone: end of file, or SIGPIPE, is what the other one
-        # shows.
+        # An end that nobody holds has to be gone, so that the other one shows it.
         for fd in ends.values():
             os.close(fd)
     return made
 
 
 def fill(fd: int, number: int, image: str, ctx: BuildContext) -> None:
-    """Give the empty pipe ``fd`` (open for writing, not blocking) the size, owner and bytes that
-    ``image`` has for it.
-    """
+    """Give the empty pipe ``fd`` (for writing, not blocking) what ``image`` has for ``number``."""
     found = ctx.once((image,), lambda: _all_contents(image, ctx)).get(number)
     if found is None:
         return
@@ -277,9 +268,7 @@ def _pieces_of(entry: Message, data: bytes, image: str) -> list[Piece]:
 
 
 def _put_pieces(fd: int, pieces: list[Piece]) -> None:
-    """Add one buffer for each piece. A write(2) would add to the last buffer; what splice(2) moves
-    stays one.
-    """
+    """One buffer for each piece: write(2) adds to the last one, what splice(2) moves stays one."""
     ends = _pair(DEFAULT_BYTES)
     try:
         for content, packet in pieces:
@@ -293,9 +282,7 @@ def _put_pieces(fd: int, pieces: list[Piece]) -> None:
 
 
 def _inherit(given: int, flags: int) -> int:
-    """A description of what the caller gave in place of the pipe, one of our own where that can be
-    had.
-    """
+    """A description of what the caller gave for the pipe, one of our own where we can have it."""
     kind = stat.S_IFMT(os.fstat(given).st_mode)
     if kind in (stat.S_IFIFO, stat.S_IFCHR):
         try:

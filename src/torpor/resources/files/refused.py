@@ -68,20 +68,6 @@ KNOWN = {
     "anon_inode:dmabuf": ("a buffer shared with a device", _OTHERS),
     "anon_inode:*": ("a kind of file that Torpor does not know", _CLOSE),
 }
-#: The files of /proc/PID/ns, and what setns(2) takes in general.
-NAMESPACES = (
-    "cgroup",
-    "ipc",
-    "mnt",
-    "net",
-    "pid",
-    "pid_for_children",
-    "time",
-    "time_for_children",
-    "user",
-    "uts",
-)
-
 #: Devices whose open descriptions hold state that nobody but the driver can see: (major, minor or
 # -1 for all) → name. : Documentation/admin-guide/devices.txt
 DEVICES = {
@@ -105,8 +91,15 @@ class Refused(FileResource):
 
     LINKS = ("/secretmem (deleted)",)  # ahead of what else begins with a slash
     MODES = (
-        stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK, 0,
-    )  # fmt: skip
+        stat.S_IFREG,
+        stat.S_IFDIR,
+        stat.S_IFLNK,
+        stat.S_IFCHR,
+        stat.S_IFBLK,
+        stat.S_IFIFO,
+        stat.S_IFSOCK,
+        0,
+    )
     PRIORITY = 100
 
     def check(self, source: SourceFile, ctx: DumpContext) -> None:
@@ -132,11 +125,6 @@ def reason(source: SourceFile) -> Unsupported:
     for pattern, (what, hint) in KNOWN.items():
         if source.link == pattern or (pattern[-1] == "*" and source.link.startswith(pattern[:-1])):
             return unsupported(source, what, hint=hint)
-    kind, colon, _ = source.link.partition(":[")
-    if colon and kind in NAMESPACES:
-        return unsupported(
-            source, f"a {kind} namespace: open namespaces are not supported yet", hint=_CLOSE
-        )
     if stat.S_ISDIR(source.stat.st_mode):
         return unsupported(
             source, "a directory of a file system that is mounted nowhere", hint=_CLOSE

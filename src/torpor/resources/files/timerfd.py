@@ -35,9 +35,7 @@ _NS = 1_000_000_000
 
 
 class Timerfd(FileResource):
-    """A timer of a clock, what is left of it, its period, and the expirations that nobody has read
-    yet.
-    """
+    """A timer: its clock, the time left, its period, the expirations that nobody has read yet."""
 
     FD_TYPE, FIELD = 17, "tfd"
     LINKS = ("anon_inode:[timerfd]",)
@@ -63,9 +61,8 @@ class Timerfd(FileResource):
             try:
                 call("timerfd_settime", fd, entry.settime_flags, _itimerspec(entry), None)
             except KernelError as error:
-                if (
-                    error.errno != errno.ECANCELED
-                ):  # the clock was set right now: the timer runs, and will tell
+                # ECANCELED: the clock was set right now. The timer runs all the same.
+                if error.errno != errno.ECANCELED:
                     raise
             if entry.ticks:
                 fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("=Q", entry.ticks))

@@ -42,7 +42,11 @@ class FileMapping(MappingResource):
         link = f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}"
         mode = os.lstat(link).st_mode
         entry.fdflags = {0o400: os.O_RDONLY, 0o200: os.O_WRONLY}.get(mode & 0o600, os.O_RDWR)
-        entry.shmid = regular.file_id_for(ctx, task.pid, link, flags=entry.fdflags)
+        # A library is mapped in several pieces, by many tasks.
+        key = ("mapped", vma.dev, vma.inode, vma.path, entry.fdflags)
+        if key not in ctx.memo:
+            ctx.memo[key] = regular.file_id_for(ctx, task.pid, link, flags=entry.fdflags)
+        entry.shmid = ctx.memo[key]
 
     def restores(self, entry: Message) -> bool:
         return bool(entry.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED)) and not entry.status & (VMA_MEMFD | VMA_SOCKET)
