@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kit import Targets, Verbs, round_trip
 from kit.file_bench import Bench, run_here, seen, source
 from torpor.errors import ImageError, Unsupported
 from torpor.images import schema as pb
@@ -217,3 +218,58 @@ def test_a_number_that_is_none_is_an_image_error(number: int) -> None:
         ctx = bench.commit()
         with pytest.raises(ImageError, match="nspid"):
             RESOURCE.restore(pb.pidfd_entry(id=1, ino=1, flags=0, nspid=number, fown=owner), ctx)
+
+
+TREE = """
+import errno, os, select, signal
+up, down = os.pipe(), os.pipe()
+parent = os.pidfd_open(os.getpid())
+dead = os.fork()
+if dead == 0:
+    os._exit(3)
+gone = os.pidfd_open(dead)
+os.waitpid(dead, 0)
+zombie_pid = os.fork()
+if zombie_pid == 0:
+    os._exit(4)
+zombie = os.pidfd_open(zombie_pid)
+os.waitid(os.P_PID, zombie_pid, os.WEXITED | os.WNOWAIT)
+child = os.fork()
+if child == 0:
+    os.read(down[0], 1)
+    os.set_blocking(parent, False)          # a flag of the description that we share
+    signal.pidfd_send_signal(parent, signal.SIGUSR1)
+    os.write(up[1], b"x")
+    signal.pause()
+high = 70
+os.dup2(os.pidfd_open(child), high, inheritable=False)
+watch = select.epoll()
+watch.register(high, select.EPOLLIN)        # an epoll below what it watches
+got = []
+signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+ready()
+wait_told("go")
+why = []
+os.write(down[1], b"x")
+os.read(up[0], 1)
+if not got: why.append("the child cannot signal its parent")
+if os.get_blocking(parent): why.append("two descriptions where there was one")
+if os.get_inheritable(high): why.append("close-on-exec")
+if watch.poll(0): why.append("the child is alive")
+signal.pidfd_send_signal(high, signal.SIGKILL)
+if watch.poll(5) != [(high, select.EPOLLIN)]: why.append("the child is dead")
+if os.waitid(os.P_PIDFD, high, os.WEXITED).si_pid != child: why.append("another child")
+if os.waitid(os.P_PIDFD, zombie, os.WEXITED).si_status != 4: why.append("the zombie")
+try:
+    signal.pidfd_send_signal(gone, 0)
+    why.append("gone")
+except ProcessLookupError:
+    pass
+done(not why, "; ".join(why))
+"""
+
+
+def test_a_tree_that_holds_pidfds_of_itself(start: Targets, verbs: Verbs, images: str) -> None:
+    target = start.python(TREE)
+    round_trip(verbs, target, images)
+    target.go()

@@ -1,4 +1,4 @@
-"""Terminals: each test runs in a child with a devpts of its own, so that all pty numbers are free."""
+"""Terminals: each test runs in a child with a devpts of its own: all pty numbers are free."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ RDWR = os.O_RDWR | os.O_NOCTTY
 def own_devpts() -> None:
     call("unshare", CLONE_NEWNS)
     call("mount", b"none\0", b"/\0", None, MS_REC_PRIVATE, None)
-    call("mount", b"devpts\0", b"/dev/pts\0", b"devpts\0", 0, b"newinstance,ptmxmode=0666,mode=620\0")
+    call(
+        "mount", b"devpts\0", b"/dev/pts\0", b"devpts\0", 0, b"newinstance,ptmxmode=0666,mode=620\0"
+    )
     call("mount", b"/dev/pts/ptmx\0", b"/dev/ptmx\0", None, MS_BIND, None)
 
 
@@ -43,6 +45,7 @@ def alone(test: Callable[[], None]) -> Callable[[], None]:
     """Run a test in a child that leads a session and has a devpts of its own."""
 
     def work() -> None:
+        signal.alarm(10)
         os.setsid()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         own_devpts()
@@ -123,6 +126,7 @@ def test_both_ends_with_settings_and_size() -> None:
     now[6][termios.VINTR] = b"\x07"
     now[4] = now[5] = termios.B9600
     termios.tcsetattr(slave, termios.TCSANOW, now)
+    now = termios.tcgetattr(slave)  # the speed is also in c_cflag
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 33, 111, 5, 6))
     locks = bytearray(36)
     locks[12] = 0x02
@@ -272,7 +276,7 @@ def test_a_number_that_is_in_use() -> None:
     numbers = [bench.dump(fd) for fd in (master, slave)]
     tty.finish(bench.dumping).forget()
     bench.commit()
-    with pytest.raises(Unsupported, match="pty 0: there is another terminal"):
+    with pytest.raises(Unsupported, match="pty 0: there is another terminal with the number 0"):
         bench.build(numbers[0])
 
 
@@ -284,7 +288,7 @@ def test_hung_up_slave_and_new_pty_with_its_number() -> None:
     kept = os.readlink(f"/proc/self/fd/{dead}")
     master, slave, dead = moved(master, slave, dead)
     with pytest.raises(OSError) as caught:
-        termios.tcgetattr(dead)
+        fcntl.ioctl(dead, termios.FIONREAD, bytes(4))
     assert caught.value.errno == errno.EIO and os.read(dead, 10) == b""
     assert "(deleted)" in os.readlink(f"/proc/self/fd/{dead}") and "(deleted)" in kept
     typed(master, b"alive\n")
@@ -371,8 +375,12 @@ def test_controlling_terminal_and_foreground() -> None:
     member = os.fork()
     if member == 0:
         os.setpgid(0, 0)
+        call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        os.closerange(3, 200)
         signal.pause()
     os.setpgid(member, member)
+    while os.path.lexists(f"/proc/{member}/fd/{ours}"):
+        time.sleep(0.001)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     fcntl.ioctl(slave, termios.TIOCSPGRP, struct.pack("i", member))
     tasks = {os.getpid(): task(), member: task(member)}

@@ -269,7 +269,9 @@ class _Dump:
         for task in reversed(self.tasks.values()):
             for thread in reversed(task.threads):
                 self.seized.forget(thread.tid)
-                _await_end(thread.tid, leave=task.stat.ppid == os.getpid())
+                # Other threads are taken in any case: until then the end of the main one is told to nobody.
+                ours = task.stat.ppid == os.getpid() and thread.tid == task.pid
+                _await_end(thread.tid, leave=ours)
 
 
 def rooms_for_guest(task: SourceTask) -> list[int]:

@@ -361,6 +361,8 @@ class _Restore:
         for fd, file_id, _ in task.fds:
             resource, entry = self.ctx.files[file_id]
             resource.settle_each(entry, fd, task, program, self.ctx)
+        for fd, file_id, _ in task.fds:
+            resource, entry = self.ctx.files[file_id]
             if file_id in settled:
                 continue
             settled.add(file_id)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar
 
     from ..images.schema import Message
+    from ..proc.fdinfo import Fdinfo
     from ..remote.program import Program
 
 
@@ -43,7 +44,7 @@ class SourceFile:
         #: Gives a descriptor of ours for the same description (pidfd_getfd). The caller must not close it: it is
         #: shared by all who ask, and closed with the dump.
         self.borrow = borrow
-        self._fdinfo: dict[bytes, list[bytes]] | None = None
+        self._fdinfo: Fdinfo | None = None
 
     @property
     def path(self) -> str:
@@ -51,7 +52,7 @@ class SourceFile:
         return f"/proc/{self.pid}/fd/{self.fd}"
 
     @property
-    def fdinfo(self) -> dict[bytes, list[bytes]]:
+    def fdinfo(self) -> Fdinfo:
         """/proc/PID/fdinfo/N: key → all its values, in order (see proc/fdinfo.py)."""
         if self._fdinfo is None:
             from ..proc.read import read

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import signal
+import time
 
 from ...errors import ImageError, Unsupported, doing
 from ...linux.kernel import pidfd_getfd
@@ -17,6 +18,7 @@ from ._tty_data import End, put
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from ...images.schema import Message
@@ -31,6 +33,7 @@ _NAMES = {
     SERIAL: "serial line",
 }
 _FD_TYPE = 11
+_TRIES, _PAUSE_S = 200, 0.005
 _OPENABLE = os.O_ACCMODE | os.O_NONBLOCK
 
 
@@ -47,11 +50,29 @@ def name_of(info: Message) -> str:
 
 
 def open_pair(ptmx: str, index: int, flags: int) -> int:
-    """The master of a new pty with the number ``index``, unlocked; raises Unsupported where that
-    number is in use.
+    """The master of a new pty with the number ``index``, unlocked; Unsupported where it is in use.
 
-    devpts gives out the lowest free number: what comes before the wanted one is held meanwhile.
+    devpts gives out the lowest free number: what comes before the wanted one is held meanwhile. The
+    number of a pty that has just been closed is given back a moment after its node is gone
+    (drivers/tty/tty_io.c, queue_release_one_tty), which is waited for.
     """
+    folder = os.path.dirname(ptmx)
+    node = f"{folder if os.path.basename(folder) == 'pts' else folder + '/pts'}/{index}"
+    for _ in range(_TRIES):
+        fd = _try_pair(ptmx, index, flags)
+        if fd >= 0:
+            tty.tell(fd, tty.TIOCSPTLCK, 0)
+            return fd
+        if os.path.lexists(node):
+            break
+        time.sleep(_PAUSE_S)
+    raise Unsupported(
+        f"there is another terminal with the number {index}",
+        hint="close it, or restore in a container with a devpts of its own",
+    )
+
+
+def _try_pair(ptmx: str, index: int, flags: int) -> int:
     held: list[int] = []
     try:
         while True:
@@ -59,14 +80,9 @@ def open_pair(ptmx: str, index: int, flags: int) -> int:
             held.append(fd)
             number = tty.ask(fd, tty.TIOCGPTN)
             if number == index:
-                held.pop()
-                tty.tell(fd, tty.TIOCSPTLCK, 0)
-                return fd
+                return held.pop()
             if number > index:
-                raise Unsupported(
-                    f"pty {index}: there is another terminal with this number",
-                    hint="close it, or restore in a container with a devpts of its own",
-                )
+                return -1
     finally:
         for fd in held:
             os.close(fd)
@@ -374,7 +390,7 @@ class Terminals:
                 "it is outside of the tree", hint=f"--inherit-fd fd[N]:{key} with a terminal as N"
             )
         fd = _another(given, entry.flags)
-        self._adapt(fd, info)
+        self._adapt(fd, info, lambda: os.dup(given))
         return fd
 
     def _callers_terminal(self, entry: Message, info: Message) -> int:
@@ -390,7 +406,7 @@ class Terminals:
             )
         self._outside.add(entry.id)
         fd = _another(own, entry.flags)
-        self._adapt(fd, info)
+        self._adapt(fd, info, lambda: os.dup(own))
         return fd
 
     def _ctty_of_caller(self, entry: Message, info: Message) -> int:
@@ -406,17 +422,19 @@ class Terminals:
                 raise
             return self._callers_terminal(entry, info)
 
-    def _adapt(self, fd: int, info: Message) -> None:
-        """Give a terminal from outside the settings that the program made; its size is its own."""
+    def _adapt(self, fd: int, info: Message, again: Callable[[], int]) -> None:
+        """Give a terminal from outside the settings that the program made; its size is its own.
+
+        ``again`` opens another description of it, for taking that back if the restore fails.
+        """
         if not info.HasField("termios") or not os.isatty(fd):
             return
         before, after = tty.termios(fd), Termios.of_entry(info.termios)
         if not after.ospeed:
             after = after.changed(ispeed=before.ispeed, ospeed=before.ospeed)
-        if before == after:
-            return
-        self.ctx.undo.add("terminal settings", lambda: _set_quietly(fd, before))
-        _set_quietly(fd, after)
+        if before != after:
+            self.ctx.undo.add("terminal settings", lambda: _set_quietly(again(), before))
+            _set_quietly(os.dup(fd), after)
 
     def _device(self, entry: Message, info: Message) -> int:
         """A terminal that belongs to the machine, opened again by its path."""
@@ -425,8 +443,9 @@ class Terminals:
         hint = f"--external {key} at the dump, --inherit-fd fd[N]:{key} now: another is given to it"
         if not path:
             raise Unsupported("the images do not tell its path", hint=hint)
+        flags = entry.flags & _OPENABLE | os.O_NOCTTY | os.O_CLOEXEC
         try:
-            fd = os.open(path, entry.flags & _OPENABLE | os.O_NOCTTY | os.O_CLOEXEC)
+            fd = os.open(path, flags)
         except OSError as error:
             raise Unsupported(f"{path} cannot be opened: {error.strerror}", hint=hint) from None
         if os.fstat(fd).st_rdev != info.rdev:
@@ -434,7 +453,7 @@ class Terminals:
             raise Unsupported(f"{path} is another device than it was", hint=hint)
         if info.type != CONSOLE:
             try:
-                self._adapt(fd, info)
+                self._adapt(fd, info, lambda: os.open(path, flags | os.O_NONBLOCK))
             except BaseException:
                 os.close(fd)
                 raise
@@ -458,9 +477,10 @@ def _another(fd: int, flags: int) -> int:
 
 
 def _set_quietly(fd: int, settings: Termios) -> None:
-    """Change settings even when we are in the background, where SIGTTOU would stop us."""
+    """Change settings, even in the background where SIGTTOU would stop us; closes ``fd``."""
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         settings.apply(fd)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        os.close(fd)

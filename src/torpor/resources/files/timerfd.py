@@ -41,17 +41,14 @@ class Timerfd(FileResource):
     LINKS = ("anon_inode:[timerfd]",)
 
     def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
-        fd = source.borrow()
-        value = _bring_up_to_date(fd)
-        seen = fdinfo_kinds.timerfd(fdinfo.parse(read(os.getpid(), f"fdinfo/{fd}")))
-        if seen.it_value != (0, 0):
-            value = seen.it_value
-        elif seen.ticks and seen.it_interval != (0, 0):
-            value = max(value, (0, 1))  # expired again since: it is due at once
+        seen = fdinfo_kinds.timerfd(source.fdinfo)
+        if seen.ticks and seen.it_value == (0, 0) and seen.it_interval != (0, 0):
+            seen = _bring_up_to_date(source.borrow())
+        (seconds, nanoseconds), (every_s, every_ns) = seen.it_value, seen.it_interval
         return pb.timerfd_entry(
             id=source.id, flags=source.flags, fown=ctx.fown(source),
             clockid=seen.clockid, ticks=seen.ticks, settime_flags=seen.settime_flags,
-            vsec=value[0], vnsec=value[1], isec=seen.it_interval[0], insec=seen.it_interval[1],
+            vsec=seconds, vnsec=nanoseconds, isec=every_s, insec=every_ns,
         )  # fmt: skip
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
@@ -84,17 +81,20 @@ class Timerfd(FileResource):
             program.call("ioctl", fd, TFD_IOC_SET_TICKS, ticks, why="expirations not read yet")
 
 
-def _bring_up_to_date(fd: int) -> tuple[int, int]:
-    """Count the expirations of a periodic timer and start it again, as a read(2) would; gives what
-    is left.
+def _bring_up_to_date(fd: int) -> fdinfo_kinds.Timerfd:
+    """Count the expirations of a periodic timer and start it again, as a read(2) would.
 
     Once it has expired, a periodic timer stands still until somebody asks, and fdinfo does not: it
-    shows one expiration and no time left, which is how a timer looks that was switched off.
+    shows one expiration and no time left, whatever has become due since.
     """
     spec = buffer(32)
     call("timerfd_gettime", fd, spec)
     _, _, seconds, nanoseconds = struct.unpack("=4q", spec.raw)
-    return seconds, nanoseconds
+    seen = fdinfo_kinds.timerfd(fdinfo.parse(read(os.getpid(), f"fdinfo/{fd}")))
+    if seen.it_value != (0, 0):
+        return seen
+    # Expired again in between: then it is due at once, which no time left would not say.
+    return seen._replace(it_value=max((seconds, nanoseconds), (0, 1)))
 
 
 def _itimerspec(entry: Message) -> bytes:
