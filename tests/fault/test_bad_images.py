@@ -351,7 +351,7 @@ def try_restore(good: GoodSet, files: dict[str, bytes], what: list[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="bad-", dir="/dev/shm") as folder:
         good.write(files, folder)
         places = (folder, good.target.folder)
-        before, listed = host_state(*places), outside()
+        before, listed = host_state(*places), outside(good)
         started = time.monotonic()
         text = ""
         try:
@@ -368,13 +368,17 @@ def try_restore(good: GoodSet, files: dict[str, bytes], what: list[str]) -> str:
             end_descendants(keep)
         assert time.monotonic() - started < HANGS_AFTER_S, what
         assert not diff(before, after), (what, text, diff(before, after))
-        assert outside() == listed, (what, text)
+        assert outside(good) == listed, (what, text)
     return text
 
 
-def outside() -> list[list[str]]:
-    """What is in places where nothing is to appear."""
-    return [sorted(os.listdir(place)) for place in ("/", "/etc", "/dev", "/root")]
+def outside(good: GoodSet) -> list[object]:
+    """What is in places where nothing is to appear, and what the tree's files are like."""
+    found: list[object] = [sorted(os.listdir(place)) for place in ("/", "/etc", "/dev", "/root")]
+    for name in sorted(os.listdir(good.target.folder)):
+        status = os.lstat(os.path.join(good.target.folder, name))
+        found.append((name, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns))
+    return found
 
 
 def test_good(good: GoodSet) -> None:

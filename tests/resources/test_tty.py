@@ -391,6 +391,7 @@ def test_controlling_terminal_and_foreground() -> None:
     bench.dumping.tasks = tasks
     numbers = [bench.dump(fd) for fd in (master, slave, ours)]
     tty.finish(bench.dumping).forget()
+    bench.dumping.close()
     fcntl.ioctl(slave, termios.TIOCNOTTY)
     for fd in (master, slave, ours):
         os.close(fd)
@@ -410,6 +411,7 @@ def test_controlling_terminal_and_foreground() -> None:
     tty.emit_foreground(os.getpid(), program, bench.building)
     run_here(program)
     assert ask(slave, GET_GROUP) == member
+    fcntl.ioctl(slave, termios.TIOCSPGRP, struct.pack("i", os.getpgrp()))
     typed(master, b"to tty\n")
     assert os.read(ours, 100) == b"to tty\n"
     os.close(os.open("/dev/tty", os.O_RDWR))

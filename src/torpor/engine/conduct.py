@@ -264,3 +264,9 @@ class Conductor:
     def abort(self) -> None:
         """Kill everything that was started."""
         stub.kill([pid for pid in self.started if pid not in self.ended])
+        # Those whose parents were not gone by then have become zombies of ours.
+        for pid in self.started:
+            try:
+                os.waitpid(pid, ptrace.WALL | os.WNOHANG)
+            except ChildProcessError:
+                continue

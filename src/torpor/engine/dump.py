@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..images.schema import Message
     from ..options import Options
 
+VERSION = "0.1.0"
 TASK_ALIVE, TASK_DEAD, TASK_STOPPED = 1, 2, 3
 MACHINE_X86_64 = 1
 
@@ -155,6 +156,7 @@ class _Dump:
         core = pb.core_entry(mtype=MACHINE_X86_64)
         core.tc.task_state = TASK_DEAD
         core.tc.exit_code = task.stat.exit_code
+        _set_exit_signal(task, core)
         core.tc.personality = 0
         core.tc.flags = task.stat.flags
         core.tc.blk_sigset = 0
@@ -199,6 +201,7 @@ class _Dump:
         if task.stopped:
             core.tc.stop_signo = task.threads[0].stop.signal
         core.tc.exit_code = 0
+        _set_exit_signal(task, core)
         core.tc.flags = task.stat.flags
         pb.put_bytes(core.tc, "comm", task.stat.comm)
 
@@ -223,6 +226,7 @@ class _Dump:
         inventory.root_ids.CopyFrom(pb.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1))
         preflight.set_namespace_ids(inventory.root_ids)
         inventory.plugins_entry.SetInParent()
+        inventory.torpor = VERSION
         self.writer.write_one("inventory", inventory)
         self.writer.write_one("seccomp", self.ctx.memo.get("seccomp") or pb.seccomp_entry())
         self._write_stats()
@@ -272,6 +276,11 @@ class _Dump:
                 # Other threads are taken in any case: until then the end of the main one is told to nobody.
                 ours = task.stat.ppid == os.getpid() and thread.tid == task.pid
                 _await_end(thread.tid, leave=ours)
+
+
+def _set_exit_signal(task: SourceTask, core: Message) -> None:
+    if task.ppid and task.stat.exit_signal != signal.SIGCHLD:
+        core.tc.exit_signal = task.stat.exit_signal & 0x7F
 
 
 def rooms_for_guest(task: SourceTask) -> list[int]:

@@ -35,6 +35,8 @@ IOV_MAX = 1024
 
 #: VmFlags of smaps → MADV_* of the images (fs/proc/task_mmu.c, show_smap_vma_flags)
 MADVICE = {"sr": 2, "rr": 1, "dc": 10, "dd": 16, "mg": 12, "hg": 14, "nh": 15, "wf": 18}
+#: The kernel seals its own pages by itself where it is built so (CONFIG_MSEAL_SYSTEM_MAPPINGS).
+SEALED_BY_KERNEL = ("vdso", "vvar", "vvar_vclock", "vsyscall")
 #: VmFlags → MAP_*
 MAP_FLAGS = {"gd": base.MAP_GROWSDOWN, "lo": base.MAP_LOCKED, "nr": base.MAP_NORESERVE, "ht": base.MAP_HUGETLB}
 REFUSED = {
@@ -126,6 +128,10 @@ class MemoryDumper:
         entry.flags = flags
         if advice:
             entry.madv = advice
+        if "lf" in mapping.flags:
+            entry.lock_on_fault = True
+        if "sl" in mapping.flags and entry.start < ADDRESS_END and vma.kind not in SEALED_BY_KERNEL:
+            entry.sealed = True
 
     def _present(
         self, task: SourceTask, spans: list[tuple[int, int]]

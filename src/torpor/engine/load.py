@@ -96,6 +96,9 @@ def _load_task(
     task.mm = reader.read_one(f"mm-{task.pid}")
     table = task.ids.files_id
     if table not in tables:
+        # CRIU takes a missing one for an empty one, we always write it.
+        if snapshot.inventory.HasField("torpor") and not reader.has(f"fdinfo-{table}"):
+            raise ImageError(f"fdinfo-{table}.img", "", "missing")
         tables[table] = _load_fds(reader, table, snapshot)
     task.fds = tables[table]
     _check_mappings(task)
@@ -133,8 +136,10 @@ def _check_mappings(task: RestoredTask) -> None:
 def _check_runs(task: RestoredTask) -> None:
     spans = [(entry.start, entry.end) for entry in task.mm.vmas if not entry.status & 0x10004]
     index = 0
-    for address, count, *_ in task.runs:
+    for address, count, _, fd, _, same_as in task.runs:
         end = address + count * PAGE
+        if fd < 0 and not same_as:
+            raise ImageError(f"pagemap-{task.pid}.img", f"page {address:#x}", "its content is not in the images")
         while address < end:
             while index < len(spans) and spans[index][1] <= address:
                 index += 1

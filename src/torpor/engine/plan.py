@@ -54,6 +54,10 @@ def add_helpers(snapshot: Snapshot, shell_job: bool) -> list[RestoredTask]:
         task.children.append(helper)
         snapshot.tasks[helper.pid] = helper
         helpers.append(helper)
+    threads = {thread.tid for task in snapshot.tasks.values() for thread in task.threads}
+    for helper in helpers:
+        if helper.pid in threads:
+            raise ImageError("pstree.img", f"threads: {helper.pid}", "a thread has the number of a session or group")
     return helpers
 
 

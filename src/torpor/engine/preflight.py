@@ -58,6 +58,10 @@ def check_target(pid: int) -> None:
             raise Unsupported(f"task {pid} is an ancestor of this process", hint="run torpor from outside of its tree")
     if pid == 1:
         raise Unsupported("pid 1 is the init process of this system", hint="dump a process or a container instead")
+    if stat.state in "ZX" and stat.num_threads > 1:
+        raise Unsupported(
+            f"task {pid}: its main thread has ended while other threads go on", hint="such a process cannot be restored"
+        )
     if stat.state in "ZX":
         raise Unsupported(f"task {pid} has ended already (a zombie)")
     check_privileges(pid)
@@ -88,7 +92,15 @@ def blockers(pid: int, options: Options, *, thorough: bool = True) -> list[Torpo
     ctx = DumpContext(options, None)
     files, mappings = FileKinds(), MappingKinds()
     try:
-        for one, (_, stat) in collect.look(pid).items():
+        tree = collect.look(pid)
+        outside = tree[pid][1].session
+        if outside not in tree and not options.shell_job:
+            error = Unsupported(
+                f"its session leader ({outside}) is not in the tree", hint="--shell-job dumps the job of a shell"
+            )
+            error.context.insert(0, f"task {pid}")
+            found.append(error)
+        for one, (_, stat) in tree.items():
             if stat.state in "ZX":
                 continue
             try:

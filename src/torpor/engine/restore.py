@@ -11,7 +11,7 @@ import struct
 import time
 
 from .. import log, resources
-from ..errors import TorporError, Unsupported, UsageError, doing
+from ..errors import ImageError, TorporError, Unsupported, UsageError, doing
 from ..images import schema as pb
 from ..images.store import ImageReader
 from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
@@ -20,7 +20,7 @@ from ..remote import stub
 from ..remote.program import Program
 from ..resources import fs, locks
 from ..resources import task as task_state
-from ..resources.base import BuildContext, MAP_LOCKED
+from ..resources.base import BuildContext
 from ..resources.fown import emit as emit_fown
 from ..undo import Undo
 from . import conduct, cpu, load, plan, restore_memory
@@ -38,6 +38,7 @@ CLONE_THREAD, CLONE_SYSVSEM = 0x10000, 0x40000
 THREAD_FLAGS = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
 FD_LIMIT = 1 << 20
 MARGIN_FD = 16
+ROOM_FDS = 1024  # what files, mappings and pages files may need above the tasks' own descriptors
 BARRIERS = (task_state.ALONE, task_state.TOGETHER)
 
 
@@ -150,7 +151,10 @@ class _Restore:
                     check = getattr(kind, "check", None)
                     if check is not None:
                         with doing(f"task {thread.tid}"):
-                            check(thread.core, self.ctx)
+                            try:
+                                check(thread.core, self.ctx)
+                            except ImageError as error:
+                                raise _in_image(error, thread.image) from None
         conduct.check_vdso(self.snapshot)
 
     def _raise_fd_limit(self) -> None:
@@ -165,8 +169,10 @@ class _Restore:
     def _reserve_fds(self) -> None:
         highest = max((fd for task in self.snapshot.tasks.values() for fd, _, _ in task.fds), default=2)
         self.ctx.first_free_fd = highest + MARGIN_FD
-        if self.ctx.first_free_fd + len(self.snapshot.files) > self.fd_limit:
-            raise Unsupported(f"the tasks use descriptors up to {highest}, our limit is {self.fd_limit}")
+        if self.ctx.first_free_fd + ROOM_FDS > self.fd_limit:
+            # Their numbers reach up to our limit: ours go into the gaps between them.
+            taken = {fd for task in self.snapshot.tasks.values() for fd, _, _ in task.fds}
+            self.ctx.gaps = (fd for fd in range(3, self.fd_limit) if fd not in taken)
 
     def _build(self) -> None:
         """Make open file descriptions, mapped files and shared memory."""
@@ -176,7 +182,10 @@ class _Restore:
             resource = self.file_kinds.by_type.get(entry.type)
             if resource is None:
                 raise Unsupported(f"file {entry.id}: type {pb.fd_types.Name(entry.type)} cannot be restored yet")
-            self.ctx.files[entry.id] = (resource, getattr(entry, resource.FIELD))
+            own = getattr(entry, resource.FIELD)
+            if own.id != entry.id:
+                raise ImageError("files.img", f"file {entry.id}: {resource.FIELD}: id", f"{own.id} is another file's")
+            self.ctx.files[entry.id] = (resource, own)
         for task in self.snapshot.tasks.values():
             for fd, file_id, _ in task.fds:
                 if file_id not in self.ctx.built:
@@ -224,7 +233,8 @@ class _Restore:
             self._program(thread.tid, "thread")
         parent = task.parent
         if parent is None:
-            main.call("close_range", 0, self.ctx.first_free_fd - 1, 0, why="what we inherited by chance")
+            for first, last in others(self.ctx.kept):
+                main.call("close_range", first, last, 0, why="what we inherited by chance")
             restore_memory.clear(self.placeholder, main)  # type: ignore[arg-type]
         heir = task.pid in self.heirs
         if parent is not None and not heir and self._has_memory_when_forking(parent):
@@ -286,7 +296,11 @@ class _Restore:
                 flags |= CLONE_FILES
             if task.ids.fs_id == child.ids.fs_id:
                 flags |= CLONE_FS
-        exit_signal = 0 if child.helper else SIGCHLD
+        exit_signal = SIGCHLD
+        if child.helper:
+            exit_signal = 0
+        elif child.core.tc.HasField("exit_signal"):
+            exit_signal = child.core.tc.exit_signal
         self._emit_clone(program, flags, exit_signal, child.pid, self._program(child.pid, "task"))
 
     def _emit_thread(self, thread: RestoredThread, program: Program) -> None:
@@ -324,11 +338,10 @@ class _Restore:
         memory.emit_late(task, main)
         if self._owns_table(task):
             self._emit_settle(task, main)
-            main.call("close_range", self.ctx.first_free_fd, 0xFFFFFFFF, 0, why="the builder's descriptors")
+            for first, last in ranges(self.ctx.kept):
+                main.call("close_range", first, last, 0, why="the builder's descriptors")
         locks.emit(task, main, self.ctx)
-        for entry in task.mm.vmas:
-            if entry.flags & MAP_LOCKED and not entry.status & restore_memory.UNPLACED:
-                main.call("mlock", entry.start, entry.end - entry.start, why="locked memory")
+        memory.emit_locks_and_seals(task, main)
         for thread in task.threads:
             self._write_state(thread)
         for child in task.children:
@@ -404,6 +417,35 @@ class _Restore:
         from .pidfile import write
 
         write(self.options, self.root_pid, self.ctx.on_failure)
+
+
+def _in_image(error: ImageError, image: str) -> ImageError:
+    """What a part of a thread's state says about "core", said about the file that it came from."""
+    if error.image != "core":
+        return error
+    return ImageError(image, error.field, error.what.removeprefix(f"core: {error.field}: "), hint=error.hint)
+
+
+def ranges(numbers: list[int]) -> list[tuple[int, int]]:
+    """The numbers as (first, last) ranges."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] + 1 == number:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
+
+
+def others(numbers: list[int]) -> list[tuple[int, int]]:
+    """The ranges of descriptor numbers that are not among ``numbers``."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    for first, last in ranges(numbers):
+        if first > start:
+            found.append((start, first - 1))
+        start = last + 1
+    return [*found, (start, 0xFFFFFFFF)]
 
 
 class _Place:

@@ -204,6 +204,20 @@ class MemoryPlan:
                     program.call("madvise", entry.start, length, bit, may_fail=(errno.EINVAL,) if bit == 12 else ())
 
 
+    @staticmethod
+    def emit_locks_and_seals(task: RestoredTask, program: Program) -> None:
+        """Emit what makes memory stay in place, and stay as it is."""
+        for entry in task.mm.vmas:
+            if entry.status & UNPLACED:
+                continue
+            length = entry.end - entry.start
+            if entry.flags & base.MAP_LOCKED:
+                on_fault = int(entry.lock_on_fault)
+                program.call("mlock2", entry.start, length, on_fault, why="locked memory")
+            if entry.sealed:
+                program.call("mseal", entry.start, length, 0)
+
+
 def _same(a: Message, b: Message) -> bool:
     return bool(
         a.end == b.end and a.prot == b.prot and a.flags == b.flags and a.shmid == b.shmid and a.pgoff == b.pgoff

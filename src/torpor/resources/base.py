@@ -16,7 +16,7 @@ from ..proc.fdinfo import parse as parse_fdinfo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any, ClassVar
 
     from ..images.schema import Message
@@ -237,6 +237,8 @@ class BuildContext:
         #: Descriptors below this number belong to restored tasks; the builder's own lie above, listed in ``kept``.
         self.first_free_fd = 3
         self.kept: list[int] = []
+        #: Where that is not possible: numbers between the tasks'.
+        self.gaps: Iterator[int] | None = None
         #: Keys given by --inherit-fd → descriptor.
         self.inherited: dict[str, int] = {}
 
@@ -244,7 +246,13 @@ class BuildContext:
         """Take over a descriptor that tasks will need: it is moved out of the way of theirs and lasts until they run."""
         import fcntl
 
-        kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.first_free_fd)
+        if self.gaps is None:
+            kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.first_free_fd)
+        else:
+            kept = next((number for number in self.gaps if not _is_open(number)), -1)
+            if kept < 0:
+                raise Unsupported("the tasks use all descriptor numbers up to our own limit (RLIMIT_NOFILE)")
+            os.dup2(fd, kept, inheritable=False)
         os.close(fd)
         self.kept.append(kept)
         return kept
@@ -261,6 +269,31 @@ class BuildContext:
             resource, entry = self.files[file_id]
             self.built[file_id] = self.keep(resource.restore(entry, self))
         return self.built[file_id]
+
+
+def _is_open(fd: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def make_group(ctx: BuildContext, make: Callable[[], dict[int, int]]) -> dict[int, int]:
+    """``make()`` descriptors (file id → descriptor) that have to be made together, each to be popped by its restore.
+
+    Those that nobody pops, because no task holds such a file, are closed in the end.
+    """
+    made = make()
+
+    def close_rest() -> None:
+        while made:
+            os.close(made.popitem()[1])
+
+    ctx.undo.add("descriptors that no task holds", close_rest)
+    return made
 
 
 def reopen(fd: int, flags: int) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: Content of at least this many bytes is stored without its holes, as CRIU does.
 CHUNKS_FROM = 3 * 4096
 COPY_BYTES = 1 << 20
+KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK)
 AT_FDCWD, AT_SYMLINK_FOLLOW = -100, 0x400
 
 
@@ -201,6 +202,9 @@ def _make(ctx: BuildContext, number: int, users: list[Message]) -> Anchors:
         raise ImageError(f"{image}.img", "", "it is empty")
     entry = spans[0].message
     kind = stat.S_IFMT(entry.mode)
+    if kind not in KINDS:
+        why = f"{entry.mode:#o} is no kind of file that can be a ghost"
+        raise ImageError(f"{image}.img", "mode", why)
     found = Anchors()
     with Brief() as brief:
         first = _unnamed(ctx, users, found) if kind == stat.S_IFREG else b""
@@ -305,12 +309,8 @@ def _create_at(path: bytes, entry: Message) -> None:
         os.mkdir(path, 0o700)
     elif kind == stat.S_IFLNK:
         os.symlink(pb.get_bytes(entry.symlnk_target), path)
-    elif kind in (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK):
-        os.mknod(path, kind | 0o600, entry.rdev)
     else:
-        raise ImageError(
-            "ghost-file", "mode", f"{entry.mode:#o} is no kind of file that can be a ghost"
-        )
+        os.mknod(path, kind | 0o600, entry.rdev)
 
 
 def _fill(ctx: BuildContext, image: str, spans: list[Any], anchor: int) -> None:

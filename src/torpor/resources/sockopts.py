@@ -1,9 +1,201 @@
 """The options of sockets of all families that can be read back (SOL_SOCKET).
 
-Image: sk_opts_entry. CRIU's fields hold those that it knows; the others, where they are not as in a new socket
-of that kind, are in ``more``. Kernel: net/core/sock.c, sk_getsockopt().
+Image: sk_opts_entry. CRIU's fields hold those that it knows; the others, where they are not as in a
+new socket of that kind, are in ``more``. Kernel: net/core/sock.c, sk_getsockopt()
 """
 
 from __future__ import annotations
 
-import ctypes  # noqa: F401
+import errno
+import os
+import struct
+
+from ..errors import Unsupported
+from ..images import schema as pb
+from ..linux.call import address_of, buffer, call
+from ..linux.sockets import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET, Socket, socket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..images.schema import Message
+
+# include/uapi/asm-generic/socket.h
+SO_REUSEADDR, SO_DONTROUTE, SO_BROADCAST, SO_SNDBUF, SO_RCVBUF, SO_KEEPALIVE = 2, 5, 6, 7, 8, 9
+SO_OOBINLINE, SO_NO_CHECK, SO_PRIORITY, SO_LINGER, SO_REUSEPORT, SO_PASSCRED = 10, 11, 12, 13, 15, 16
+SO_RCVLOWAT, SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_ATTACH_FILTER = 18, 20, 21, 25, 26
+SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PASSSEC, SO_MARK, SO_BUF_LOCK = 32, 33, 34, 36, 72
+SO_PEEK_OFF, SO_LOCK_FILTER = 42, 44
+
+AF_UNIX, AF_NETLINK = 1, 16
+IFNAMSIZ = 16
+#: Field of sk_opts_entry → option, of those that are plain numbers.
+_NUMBERS = {
+    "reuseaddr": SO_REUSEADDR,
+    "so_reuseport": SO_REUSEPORT,
+    "so_priority": SO_PRIORITY,
+    "so_rcvlowat": SO_RCVLOWAT,
+    "so_mark": SO_MARK,
+    "so_passcred": SO_PASSCRED,
+    "so_passsec": SO_PASSSEC,
+    "so_dontroute": SO_DONTROUTE,
+    "so_no_check": SO_NO_CHECK,
+    "so_broadcast": SO_BROADCAST,
+    "so_keepalive": SO_KEEPALIVE,
+    "so_oobinline": SO_OOBINLINE,
+}
+_PASSED = ("so_passcred", "so_passsec")  # only where messages carry them
+_UNSET_IF_ZERO = ("so_mark",)  # needs CAP_NET_ADMIN to be set
+#: Further ones: SO_DEBUG, SO_TIMESTAMP and TIMESTAMPNS (both forms), TIMESTAMPING (both), RXQ_OVFL,
+#: WIFI_STATUS, NOFCS, SELECT_ERR_QUEUE, BUSY_POLL, MAX_PACING_RATE, ZEROCOPY, PREFER_BUSY_POLL,
+#: BUSY_POLL_BUDGET, TXREHASH, RCVMARK, PASSPIDFD, RCVPRIORITY, PASSRIGHTS. Option → bytes.
+_MORE = {
+    1: 4, 29: 4, 35: 4, 63: 4, 64: 4, 37: 8, 65: 8, 40: 4, 41: 4, 43: 4, 45: 4, 46: 4, 47: 8, 60: 4,
+    69: 4, 70: 4, 74: 4, 75: 4, 76: 4, 82: 4, 83: 4,
+}  # fmt: skip
+#: Kernels without an option, and families that have none such, say so with these.
+_UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL)
+
+_defaults: dict[tuple[int, int, int], dict[int, bytes]] = {}
+
+
+# ---------------------------------------------------------------------- dump
+
+
+def dump(fd: int) -> Message:
+    """The sk_opts_entry of a socket. Raises Unsupported when it has a filter that cannot be read."""
+    entry = pb.sk_opts_entry()
+    with Socket(fd) as sock:
+        get = sock.getsockopt
+        entry.so_sndbuf, entry.so_rcvbuf = get(SOL_SOCKET, SO_SNDBUF), get(SOL_SOCKET, SO_RCVBUF)
+        passes = get(SOL_SOCKET, SO_DOMAIN) in (AF_UNIX, AF_NETLINK)
+        for field, option in _NUMBERS.items():
+            if field in _PASSED and not passes:
+                continue
+            value = get(SOL_SOCKET, option)
+            if value or field not in _UNSET_IF_ZERO:
+                setattr(entry, field, value)
+        times = struct.unpack(
+            "=qqqq", get(SOL_SOCKET, SO_SNDTIMEO, 16) + get(SOL_SOCKET, SO_RCVTIMEO, 16)
+        )
+        entry.so_snd_tmo_sec, entry.so_snd_tmo_usec = times[:2]
+        entry.so_rcv_tmo_sec, entry.so_rcv_tmo_usec = times[2:]
+        on, seconds = struct.unpack("=ii", get(SOL_SOCKET, SO_LINGER, 8))
+        if on:
+            entry.so_linger = seconds & 0xFFFFFFFF
+        locked = _get(fd, SO_BUF_LOCK, 4)
+        if locked is not None:
+            entry.so_buf_lock = int.from_bytes(locked, "little")
+        device = get(SOL_SOCKET, SO_BINDTODEVICE, IFNAMSIZ).rstrip(b"\0")
+        if device:
+            pb.put_bytes(entry, "so_bound_dev", device)
+        usual = _usual(fd)
+        for option, value_ in usual.items():
+            now = _get(fd, option, len(value_))
+            if now is not None and now != value_:
+                entry.more.add(level=SOL_SOCKET, name=option, value=now)
+    entry.so_filter.extend(_filter(fd))
+    return entry
+
+
+def _get(fd: int, option: int, size: int) -> bytes | None:
+    with Socket(fd) as sock:
+        try:
+            return sock.getsockopt(SOL_SOCKET, option, size)
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
+            return None
+
+
+def _usual(fd: int) -> dict[int, bytes]:
+    """Option → value in a new socket of the same kind, of the options that go to ``more``."""
+    with Socket(fd) as sock:
+        one, two, three = (sock.getsockopt(SOL_SOCKET, what) for what in (SO_DOMAIN, SO_TYPE, SO_PROTOCOL))
+    key = one, two, three
+    if key not in _defaults:
+        found = {}
+        fresh = socket(*key)
+        try:
+            for option, size in (*_MORE.items(), (SO_PEEK_OFF, 4), (SO_LOCK_FILTER, 4)):
+                value = _get(fresh, option, size)
+                if value is not None:
+                    found[option] = value
+        finally:
+            os.close(fresh)
+        _defaults[key] = found
+    return _defaults[key]
+
+
+def _filter(fd: int) -> list[int]:
+    """The classic BPF program that was attached, an instruction a word, as CRIU packs them."""
+    size = buffer(4)
+    try:
+        call("getsockopt", fd, SOL_SOCKET, SO_ATTACH_FILTER, None, size)
+        count = int.from_bytes(size.raw, "little")
+        if not count:
+            return []
+        program = buffer(8 * count)
+        call("getsockopt", fd, SOL_SOCKET, SO_ATTACH_FILTER, program, size)
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise Unsupported(
+                "a BPF program is attached to it (SO_ATTACH_BPF), which cannot be read back"
+            ) from None
+        raise
+    return [
+        code << 48 | jt << 40 | jf << 32 | k for code, jt, jf, k in struct.iter_unpack("=HBBI", program.raw)
+    ]
+
+
+# ---------------------------------------------------------------------- restore
+
+
+def restore(fd: int, entry: Message) -> None:
+    """Give a socket these options. Those that it has already are left alone, for not all can be set."""
+    with Socket(fd) as sock:
+        get, put = sock.getsockopt, sock.setsockopt
+        for size, option, force in (
+            (entry.so_sndbuf, SO_SNDBUF, SO_SNDBUFFORCE),
+            (entry.so_rcvbuf, SO_RCVBUF, SO_RCVBUFFORCE),
+        ):
+            if size and get(SOL_SOCKET, option) != size:
+                put(SOL_SOCKET, force, size // 2)  # the kernel doubles it
+        if entry.HasField("so_buf_lock") and _get(fd, SO_BUF_LOCK, 4) is not None:
+            put(SOL_SOCKET, SO_BUF_LOCK, entry.so_buf_lock)
+        for field, option in _NUMBERS.items():
+            if not entry.HasField(field):
+                continue
+            value = int(getattr(entry, field))
+            if get(SOL_SOCKET, option) != value:
+                put(SOL_SOCKET, option, value)
+        for option, seconds, micros in (
+            (SO_SNDTIMEO, entry.so_snd_tmo_sec, entry.so_snd_tmo_usec),
+            (SO_RCVTIMEO, entry.so_rcv_tmo_sec, entry.so_rcv_tmo_usec),
+        ):
+            wanted = struct.pack("=QQ", seconds, micros)
+            if get(SOL_SOCKET, option, 16) != wanted:
+                put(SOL_SOCKET, option, wanted)
+        if entry.HasField("so_linger"):
+            put(SOL_SOCKET, SO_LINGER, struct.pack("=iI", 1, entry.so_linger))
+        if entry.HasField("so_bound_dev"):
+            put(SOL_SOCKET, SO_BINDTODEVICE, pb.get_bytes(entry.so_bound_dev) + b"\0")
+        _attach_filter(fd, list(entry.so_filter))
+        for one in entry.more:
+            put(one.level, one.name, one.value)
+
+
+def _attach_filter(fd: int, words: list[int]) -> None:
+    if not words:
+        return
+    program = buffer(8 * len(words))
+    for index, word in enumerate(words):
+        parts = word >> 48, word >> 40 & 0xFF, word >> 32 & 0xFF, word & 0xFFFFFFFF
+        struct.pack_into("=HBBI", program, 8 * index, *parts)
+    call("setsockopt", fd, SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(words), address_of(program)), 16)
+
+
+def need_room(fd: int, size: int) -> None:
+    """Let at least ``size`` bytes wait to be read by the peer; options are restored afterwards."""
+    with Socket(fd) as sock:
+        if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size:
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, min(size, (1 << 30) - 1))

@@ -208,7 +208,16 @@ def _inode(ctx: BuildContext, inode_id: int) -> _Inode:
     if inode_id not in inodes:
         raise ImageError("memfd.img", f"inode {inode_id}", "missing")
     found: _Inode = inodes[inode_id]
+    _check_inode(found.entry)
     return found
+
+
+def _check_inode(entry: Message) -> None:
+    name = pb.get_bytes(entry.name)
+    if b"\0" in name:
+        raise ImageError("memfd.img", f"inode {entry.inode_id}: name", f"{name!r} is no name")
+    if entry.size >= 1 << 63:
+        raise ImageError("memfd.img", f"inode {entry.inode_id}: size", f"{entry.size} bytes")
 
 
 def _made(ctx: BuildContext, inode_id: int) -> _Inode:
@@ -287,16 +296,19 @@ def read_content(ctx: BuildContext, fd: int, shmid: int, size: int) -> None:
                     f"outside of a file of {size} bytes",
                 )
             if run.fd >= 0:
-                (_map_in if huge else _write_in)(fd, run.vaddr, run.fd, run.offset, count)
+                done = (_map_in if huge else _write_in)(fd, run.vaddr, run.fd, run.offset, count)
+                if not done:
+                    raise ImageError(
+                        f"pagemap-shmem-{shmid}.img", f"{run.vaddr:#x}", "its pages are truncated"
+                    )
 
 
-def _write_in(fd: int, at: int, source: int, offset: int, count: int) -> None:
+def _write_in(fd: int, at: int, source: int, offset: int, count: int) -> bool:
     os.lseek(fd, at, os.SEEK_SET)
-    if ghost.copy(source, offset, fd, count) != count:
-        raise ImageError("pages", "", "truncated")
+    return ghost.copy(source, offset, fd, count) == count
 
 
-def _map_in(fd: int, at: int, source: int, offset: int, count: int) -> None:
+def _map_in(fd: int, at: int, source: int, offset: int, count: int) -> bool:
     # hugetlbfs has no write(2).
     import mmap
 
@@ -306,10 +318,11 @@ def _map_in(fd: int, at: int, source: int, offset: int, count: int) -> None:
             while count:
                 got = os.preadv(source, [view[at : at + min(count, ghost.COPY_BYTES)]], offset)
                 if not got:
-                    raise ImageError("pages", "", "truncated")
+                    return False
                 at, offset, count = at + got, offset + got, count - got
         finally:
             view.release()
+    return True
 
 
 def _open_description(inode: _Inode, flags: int) -> int:

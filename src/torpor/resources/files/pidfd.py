@@ -18,7 +18,7 @@ import struct
 from ...errors import ImageError
 from ...images import schema as pb
 from ...proc import fdinfo_kinds
-from ..base import FileResource, unsupported
+from ..base import FileResource, make_group, unsupported
 from ..fown import set_flags
 
 TYPE_CHECKING = False
@@ -71,7 +71,7 @@ class Pidfd(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         if entry.nspid == GONE:
-            made = ctx.once(("gone process", entry.ino), lambda: _make_gone(entry, ctx))
+            made = ctx.once(("gone process", entry.ino), lambda: make_group(ctx, lambda: _make_gone(entry, ctx)))
             return int(made.pop(entry.id))
         if entry.nspid <= 0:
             raise ImageError(

@@ -14,7 +14,7 @@ import stat
 from ...errors import ImageError, KernelError
 from ...images import schema as pb
 from ...linux.call import call
-from ..base import FileResource, reopen, unsupported
+from ..base import FileResource, make_group, reopen, unsupported
 from ..fown import O_LARGEFILE, set_flags
 
 TYPE_CHECKING = False
@@ -59,7 +59,7 @@ class Pipe(FileResource):
         given = ctx.inherited.get(f"pipe:[{entry.pipe_id}]")
         if given is not None:
             return _inherit(given, entry.flags)
-        made = ctx.once(("pipe", entry.pipe_id), lambda: _make_all(entry, ctx))
+        made = ctx.once(("pipe", entry.pipe_id), lambda: make_group(ctx, lambda: _make_all(entry, ctx)))
         return int(made.pop(entry.id))
 
 
@@ -238,13 +238,20 @@ def fill(fd: int, number: int, image: str, ctx: BuildContext) -> None:
                 raise BlockingIOError
         else:
             _put_pieces(fd, pieces)
-        if entry.HasField("uid"):
-            os.fchown(fd, entry.uid, entry.gid)
-        if entry.HasField("mode"):
-            os.fchmod(fd, entry.mode)
+        if image == "pipes-data":  # a FIFO is a file of the file system, and not to be changed
+            _set_owner(fd, entry)
     except BlockingIOError:
         why = f"{len(data)} bytes do not go into a pipe of {entry.size or DEFAULT_BYTES}"
         raise ImageError(f"{image}.img", f"pipe {number}", why) from None
+
+
+def _set_owner(fd: int, entry: Message) -> None:
+    if entry.HasField("uid"):
+        os.fchown(fd, entry.uid, entry.gid)
+    if entry.HasField("mode"):
+        if entry.mode != stat.S_IMODE(entry.mode):
+            raise ImageError("pipes-data.img", f"pipe {entry.pipe_id}: mode", f"{entry.mode:#o} is more than permissions")
+        os.fchmod(fd, entry.mode)
 
 
 def _all_contents(image: str, ctx: BuildContext) -> dict[int, tuple[Message, bytes]]:

@@ -80,7 +80,7 @@ def check(wanted: tuple[int, int, int], here: tuple[int, int, int], content: byt
     same_shape = wanted[1] - wanted[0] == here[1] - here[0] and wanted[2] - wanted[1] == here[2] - here[1]
     if not same_shape or content.rstrip(b"\0") != ours.rstrip(b"\0"):
         raise Unsupported(
-            "the snapshot was taken on a kernel with another vDSO",
+            "the snapshot was taken on a kernel with another vDSO (or pages-1.img is damaged)",
             hint="restore it on the kernel that it was dumped on",
         )
 
