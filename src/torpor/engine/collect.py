@@ -20,6 +20,7 @@ from ..resources.task import rseq
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 SHARED_KINDS = {"vm": KCMP_VM, "files": KCMP_FILES, "fs": KCMP_FS, "sighand": KCMP_SIGHAND}
 
@@ -168,22 +169,22 @@ class KcmpTree:
 
     __slots__ = ("_compare", "_new", "_root")
 
-    def __init__(self, compare: Callable[[object, object], int], new: Callable[[], int]) -> None:
+    def __init__(self, compare: Callable[[Any, Any], int], new: Callable[[], int]) -> None:
         self._compare = compare
         self._new = new
-        self._root: list[object] | None = None
+        self._root: list[Any] | None = None
 
-    def number_of(self, item: object) -> tuple[int, bool]:
+    def number_of(self, item: Any) -> tuple[int, bool]:
         """(number, is it new) for ``item``."""
         node, parent, side = self._root, None, 0
         while node is not None:
             order = self._compare(item, node[0])
             if order == 0:
-                return node[1], False  # type: ignore[return-value]
+                return node[1], False
             parent, side = node, 2 if order == 1 else 3
-            node = node[side]  # type: ignore[assignment]
+            node = node[side]
         number = self._new()
-        fresh: list[object] = [item, number, None, None]
+        fresh: list[Any] = [item, number, None, None]
         if parent is None:
             self._root = fresh
         else:
@@ -198,7 +199,7 @@ def number_shared(tasks: dict[int, SourceTask]) -> None:
     """
     for kind, code in SHARED_KINDS.items():
         counter = iter(range(2, 1 << 31))
-        tree = KcmpTree(lambda a, b, code=code: kcmp(a, b, code), counter.__next__)  # type: ignore[misc]
+        tree = KcmpTree(lambda a, b, code=code: kcmp(a, b, code), counter.__next__)
         for task in tasks.values():
             if not task.zombie:
                 task.ids[kind], _ = tree.number_of(task.pid)

@@ -75,6 +75,11 @@ def _loginuid_of(task: RestoredTask) -> int | None:
         return None if int(file.read()) == tc.loginuid else int(tc.loginuid)
 
 
+def has_epilogue(task: RestoredTask) -> bool:
+    """Has the task something to do when its children have ended or stopped?"""
+    return any(child.helper or child.stopped for child in task.children)
+
+
 class Conductor:
     """Leads the stubs of one restore through their programs."""
 
@@ -87,6 +92,7 @@ class Conductor:
         self.ctx = ctx
         self.live: dict[int, Program] = {}
         self.ended: set[int] = set()
+        self.released: set[int] = set()
         self.started: list[int] = []
 
     def launch(self, keep: list[int], *, sibling: bool) -> int:
@@ -130,16 +136,22 @@ class Conductor:
                     outside = getattr(kind, "outside", None)
                     if outside is not None:
                         outside(task, task.core, self.ctx)
-        self._end_helpers()
-
-    def _end_helpers(self) -> None:
-        for task in self.snapshot.tasks.values():
+        for task in tasks:
             if task.helper:
                 self._until_end(task.pid)
-        for task in self.snapshot.tasks.values():
-            if any(child.helper for child in task.children) and task.alive:
+
+    def epilogue(self, cpu: Any) -> None:
+        """Helpers are waited for by their parents; stopped tasks stop, and those who knew of it are told again.
+
+        Children first: a stopped task runs no program any more.
+        """
+        for task in reversed(self.snapshot.tasks.values()):
+            if task.alive and has_epilogue(task):
                 ptrace.resume(task.pid)
                 self._until_stop(task.pid)
+            if task.stopped and task.parent is not None and task.parent.alive:
+                self._finish_task(task, cpu)
+                self._release_task(task)
 
     def _until_stop(self, tid: int) -> None:
         """Let a running stub come to its next stop; stubs that it forks are set going on the way."""
@@ -214,12 +226,14 @@ class Conductor:
     def set_registers(self, cpu: Any) -> None:
         """Give every thread its registers; the arena is unmapped by the main thread as the last call of all."""
         for task in self.snapshot.tasks.values():
-            if not task.alive:
-                continue
-            for thread in task.threads[1:]:
-                self._set_state(thread, cpu)
-            self._unmap_arena(task)
-            self._set_state(task.threads[0], cpu)
+            if task.alive and task.pid not in self.released:
+                self._finish_task(task, cpu)
+
+    def _finish_task(self, task: RestoredTask, cpu: Any) -> None:
+        for thread in task.threads[1:]:
+            self._set_state(thread, cpu)
+        self._unmap_arena(task)
+        self._set_state(task.threads[0], cpu)
 
     def _set_state(self, thread: RestoredThread, cpu: Any) -> None:
         tid = thread.tid
@@ -251,15 +265,18 @@ class Conductor:
     def release(self) -> None:
         """Let every thread go. From here on nothing can be taken back."""
         for task in self.snapshot.tasks.values():
-            if not task.alive:
-                continue
-            for thread in reversed(task.threads):
-                signal = 0
-                if task.stopped and thread is task.threads[0]:
-                    signal = task.core.tc.stop_signo or SIGSTOP
-                for number in pending.held_back(thread.core):
-                    call("tgkill", task.pid, thread.tid, number)
-                ptrace.detach(thread.tid, signal)
+            if task.alive and task.pid not in self.released:
+                self._release_task(task)
+
+    def _release_task(self, task: RestoredTask) -> None:
+        self.released.add(task.pid)
+        for thread in reversed(task.threads):
+            signal = 0
+            if task.stopped and thread is task.threads[0]:
+                signal = task.core.tc.stop_signo or SIGSTOP
+            for number in pending.held_back(thread.core):
+                call("tgkill", task.pid, thread.tid, number)
+            ptrace.detach(thread.tid, signal)
 
     def abort(self) -> None:
         """Kill everything that was started."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 TASK_ALIVE, TASK_DEAD, TASK_STOPPED = 1, 2, 3
 MACHINE_X86_64 = 1
+SIGINFO_BYTES = 128
 
 
 class DumpResult:
@@ -94,6 +95,7 @@ class _Dump:
         self.tasks: dict[int, SourceTask] = {}
         self.kinds = resources.task_resources()
         self.cores: dict[int, Message] = {}
+        self.reported_stops: set[int] = set()
 
     def run(self) -> None:
         done = False
@@ -184,9 +186,13 @@ class _Dump:
             if main or kind.PER == "thread":
                 asked.append((kind, kind.ask(program, thread)))
         brk = program.call("brk", 0) if main else None
+        stops = self._ask_stops(task, program) if main else []
         run = guest.run(thread.tid, thread.vtid, program, thread.regs, thread.sigmask)
         if brk is not None:
             task.answers["brk"] = run.result(brk)
+        for pid, area in stops:
+            if not any(run.bytes(area)):
+                self.reported_stops.add(pid)
         core = pb.core_entry(mtype=MACHINE_X86_64)
         cpu.dump(thread, core)
         if main:
@@ -196,10 +202,21 @@ class _Dump:
         return core
 
     @staticmethod
-    def _task_core(task: SourceTask, core: Message) -> None:
+    def _ask_stops(task: SourceTask, program: Program) -> list[tuple[int, Any]]:
+        """Ask for each stopped child whether the task has still to be told of the stop; it stays as it is."""
+        asked = []
+        for child in task.children:
+            if child.stopped:
+                area = program.out(SIGINFO_BYTES)
+                program.call("waitid", os.P_PID, child.vpid, area, os.WSTOPPED | os.WNOHANG | os.WNOWAIT, 0)
+                asked.append((child.pid, area))
+        return asked
+
+    def _task_core(self, task: SourceTask, core: Message) -> None:
         core.tc.task_state = TASK_STOPPED if task.stopped else TASK_ALIVE
         if task.stopped:
             core.tc.stop_signo = task.threads[0].stop.signal
+            core.tc.stop_reported = task.pid in self.reported_stops
         core.tc.exit_code = 0
         _set_exit_signal(task, core)
         core.tc.flags = task.stat.flags

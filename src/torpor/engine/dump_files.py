@@ -82,7 +82,6 @@ class FileDumper:
         """All tasks are done."""
 
 
-def _compare(a: object, b: object) -> int:
-    (pid1, fd1), (pid2, fd2) = a, b  # type: ignore[misc]
-    return kcmp(pid1, pid2, KCMP_FILE, fd1, fd2)
+def _compare(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return kcmp(a[0], b[0], KCMP_FILE, a[1], b[1])
 

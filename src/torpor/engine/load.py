@@ -60,6 +60,8 @@ def _load_tree(reader: ImageReader, snapshot: Snapshot) -> None:
             parent = snapshot.tasks.get(entry.ppid)
             if parent is None:
                 raise ImageError("pstree.img", f"{place}: ppid", f"{entry.ppid} is no earlier task")
+            if parent.zombie:
+                raise ImageError("pstree.img", f"{place}: ppid", f"task {entry.ppid} has ended, it has no children")
             task.parent = parent
             parent.children.append(task)
         snapshot.tasks[entry.pid] = task

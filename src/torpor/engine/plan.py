@@ -117,7 +117,7 @@ def check_sessions(snapshot: Snapshot) -> None:
         if task.parent is None or task.session == task.pid:
             continue
         born_in = task.session
-        parent = task.parent
+        parent: RestoredTask | None = task.parent
         while parent is not None and parent.session != born_in:
             if parent.session != parent.pid or birth_session(parent) != born_in:
                 raise ImageError("pstree.img", f"task {task.pid}: sid", f"it cannot have come into session {born_in}")

@@ -6,6 +6,7 @@ EXITKILL: an error kills them all, and so does the death of this process.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..options import Options
 
 SIGTRAP, SIGCHLD = 5, 17
+WUNTRACED, WALL = 2, 0x40000000
 ALL_SIGNALS = (1 << 64) - 1
 CLONE_VM, CLONE_FS, CLONE_FILES, CLONE_SIGHAND = 0x100, 0x200, 0x400, 0x800
 CLONE_THREAD, CLONE_SYSVSEM = 0x10000, 0x40000
@@ -110,7 +112,7 @@ class _Restore:
     def close(self) -> None:
         """Take back everything that tasks do not hold; after an error, everything."""
         self.undo.roll_back()
-        for task in self.snapshot.tasks.values() if self.snapshot else ():
+        for task in self.snapshot.tasks.values():
             if task.pages is not None:
                 task.pages.close()
         for fd in self.ctx.kept:
@@ -344,11 +346,24 @@ class _Restore:
         memory.emit_locks_and_seals(task, main)
         for thread in task.threads:
             self._write_state(thread)
+        if conduct.has_epilogue(task):
+            self._write_epilogue(task, main)
+
+    def _write_epilogue(self, task: RestoredTask, program: Program) -> None:
+        """Helpers are waited for, and the stops of children that the task knows of."""
         for child in task.children:
             if child.helper:
-                main.call("wait4", child.pid, 0, 0x40000000, 0, why="the helper")
-        if any(child.helper for child in task.children):
-            self._emit_stop(task.pid, task.pid, main)
+                program.call("wait4", child.pid, 0, WALL, 0, why="the helper")
+            elif child.stopped and child.core.tc.stop_reported:
+                program.call("wait4", child.pid, 0, WUNTRACED | WALL, 0, why="the stop is known")
+            elif child.stopped:
+                area = program.out(128)
+                program.call("waitid", os.P_PID, child.pid, area, os.WSTOPPED | os.WNOWAIT, 0, why="it has stopped")
+        queued = {struct.unpack_from("<i", one.siginfo)[0] for one in task.core.tc.signals_s.signals}
+        if SIGCHLD not in queued:
+            mask = struct.pack("<Q", 1 << (SIGCHLD - 1))
+            program.call("rt_sigtimedwait", mask, 0, bytes(16), 8, may_fail=(errno.EAGAIN,), why="old news")
+        self._emit_stop(task.pid, task.pid, program)
 
     def _write_state(self, thread: RestoredThread) -> None:
         """The state of one thread. With several threads each waits twice on the way, see resources/task."""
@@ -400,6 +415,7 @@ class _Restore:
             for hook in self.ctx.memo.get("after_mappings", ()):
                 hook()
             conductor.second_half(self.kinds)
+            conductor.epilogue(cpu)
             conductor.set_registers(cpu)
             if self.options.pidfile:
                 self._write_pidfile()

@@ -41,11 +41,12 @@ def prepare(snapshot: Snapshot, ctx: BuildContext) -> None:
         for entry in task.mm.vmas:
             if not entry.status & UNPLACED:
                 kinds.of_entry(entry).prepare(entry, ctx)
-        exe = task.mm.exe_file_id
-        ctx.once(("exe", exe), lambda exe=exe: ctx.keep(regular.open_file(ctx, exe, os.O_RDONLY)))
-        for run in task.runs:
-            if run.fd >= 0:
-                ctx.once(("pages", run.fd), lambda fd=run.fd: ctx.keep(os.dup(fd)))
+        exe = ("exe", task.mm.exe_file_id)
+        if exe not in ctx.memo:
+            ctx.memo[exe] = ctx.keep(regular.open_file(ctx, task.mm.exe_file_id, os.O_RDONLY))
+        for fd in {run.fd for run in task.runs} - {-1}:
+            if ("pages", fd) not in ctx.memo:
+                ctx.memo["pages", fd] = ctx.keep(os.dup(fd))
 
 
 def heirs(snapshot: Snapshot) -> set[int]:

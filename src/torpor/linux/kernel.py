@@ -9,7 +9,8 @@ from .call import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Sequence
+    import mmap
+    from collections.abc import Sequence
 
 KCMP_FILE, KCMP_VM, KCMP_FILES, KCMP_FS, KCMP_SIGHAND, KCMP_IO, KCMP_SYSVSEM, KCMP_EPOLL_TFD = range(8)
 PIDFD_THREAD = os.O_EXCL
@@ -46,7 +47,7 @@ def read_memory_into(pid: int, target: int, spans: Sequence[tuple[int, int]]) ->
     """Read the (address, length) spans of another task one after the other to our address ``target``; returns the count."""
     total = sum(length for _, length in spans)
     local = iovec(target, total)
-    remote = (iovec * len(spans))(*spans)
+    remote = (iovec * len(spans))(*(iovec(*span) for span in spans))
     return call("process_vm_readv", pid, ctypes.byref(local), 1, remote, len(spans), 0)
 
 
@@ -100,6 +101,6 @@ def memfd(name: str, flags: int = os.MFD_CLOEXEC) -> int:
     return os.memfd_create(name, flags)
 
 
-def writable_address(area: Buffer) -> int:
+def writable_address(area: mmap.mmap | bytearray) -> int:
     """The address of a writable buffer that the caller keeps alive."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(area))  # type: ignore[arg-type]
+    return ctypes.addressof(ctypes.c_char.from_buffer(area))

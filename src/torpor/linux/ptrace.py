@@ -178,7 +178,7 @@ def syscall_user_dispatch(tid: int) -> tuple[int, int, int, int]:
     """(mode, selector, offset, length) of syscall user dispatch; mode 0 is off."""
     area = (ctypes.c_uint64 * 4)()
     call("ptrace", GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, ctypes.addressof(area))
-    return tuple(area)  # type: ignore[return-value]
+    return area[0], area[1], area[2], area[3]
 
 
 def seccomp_filter(tid: int, index: int) -> bytes | None:

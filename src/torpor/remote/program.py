@@ -14,7 +14,7 @@ from .machine import RECORD_BYTES, RECORD_WORDS, RESULT_WORD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 _WORD = (1 << 64) - 1
 
@@ -102,7 +102,7 @@ class Program:
     def __str__(self) -> str:
         return "\n".join(f"{index:4} {record}" for index, record in enumerate(self.records))
 
-    def put(self, content: Buffer) -> Data:
+    def put(self, content: bytes | bytearray) -> Data:
         """Place bytes beside the program; gives what to pass as their address."""
         raw = bytes(content)
         data = Data(raw, len(self.data))

@@ -18,7 +18,7 @@ from ...errors import ImageError, KernelError, doing
 from ...images import schema as pb
 from ...images.pages import PAGE_SIZE, PE_PRESENT, PagemapWriter, Pages
 from .. import ghost, paths, remap
-from ..base import FileResource, reopen
+from ..base import MAP_NORESERVE, FileResource, reopen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _shared_anonymous(size: int) -> int:
 
     flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
     if size > RESERVED_BYTES_MAX:
-        flags |= mmap.MAP_NORESERVE
+        flags |= MAP_NORESERVE
     with mmap.mmap(-1, size, flags) as area:
         start = writable_address(area)
         end = start + -(-size // PAGE_SIZE) * PAGE_SIZE

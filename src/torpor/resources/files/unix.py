@@ -217,14 +217,10 @@ def _dump_peer_cred(entry: Message, fd: int) -> None:
         pid, uid, gid = struct.unpack("=iII", sock.getsockopt(SOL_SOCKET, sockets.SO_PEERCRED, 12))
         if uid == _NOBODY:
             return
-        groups = b""
-        size = 256
-        while not groups and size <= 1 << 18:
-            try:
-                groups = sock.getsockopt(SOL_SOCKET, sockets.SO_PEERGROUPS, min(size, 1024))
-                break
-            except OSError:
-                size *= 4
+        try:
+            groups = sock.getsockopt(SOL_SOCKET, sockets.SO_PEERGROUPS, 1024)
+        except OSError:
+            groups = b""  # more of them than that
     entry.peer_cred.pid, entry.peer_cred.uid, entry.peer_cred.gid = pid, uid, gid
     entry.peer_cred.groups.extend(struct.unpack(f"={len(groups) // 4}I", groups))
 

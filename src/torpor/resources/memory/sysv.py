@@ -1,0 +1,312 @@
+"""System V shared memory that tasks have attached.
+
+Image: vma_entry with ANON_SHARED and SYSVIPC, ``shmid`` is the segment's identifier; ipc_shm_entry
+in ipcns-shm-N for the segment, N being the number of its IPC namespace, and its content in
+pagemap-shmem-ID. Kernel: ipc/shm.c
+
+In the host's IPC namespace a segment outlives the tasks. If the very same one (identifier, key,
+size) is there at a restore it is used: with the content that it has if somebody is attached,
+filled anew if not. Otherwise it is made, with the identifier that it had
+(/proc/sys/kernel/shm_next_id).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from ...errors import ImageError, KernelError, Unsupported, doing
+from ...images import schema as pb
+from ...linux.call import buffer, call, try_call
+from ...linux.kernel import prctl
+from ...proc import maps, sysvipc
+from ...proc.read import read, read_system
+from ..base import (
+    MAP_ANONYMOUS,
+    VMA_ANON_SHARED,
+    VMA_REGULAR,
+    VMA_SYSVIPC,
+    MappingResource,
+)
+from ..files import memfd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ...images.schema import Message
+    from ...remote.program import Program
+    from ..base import BuildContext, DumpContext
+
+IPC_CREAT, IPC_EXCL, IPC_RMID, IPC_SET, IPC_STAT, SHM_LOCK = 0o1000, 0o2000, 0, 1, 2, 11
+SHM_RDONLY, SHM_REMAP, SHM_EXEC, SHM_HUGETLB = 0o10000, 0o40000, 0o100000, 0o4000
+SHM_DEST, SHM_LOCKED = 0o1000, 0o2000  # in the mode
+HUGE_SHIFT = 26
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+PAGE = 4096
+PUNCH_HOLE_KEEP_SIZE = 3
+PR_SET_DUMPABLE = 4
+#: The number that all images have for the IPC namespace of the host: engine/preflight.py.
+HOST_IPC = 3
+NEXT_ID = "/proc/sys/kernel/shm_next_id"
+_TRIES = 20
+#: struct shmid64_ds: where uid, gid and mode lie in it
+_STAT_BYTES, _UID, _GID, _MODE = 256, 4, 8, 20
+
+
+class SysvShared(MappingResource):
+    """An attached segment, or a part of one."""
+
+    KINDS = (maps.SYSV,)
+    PRIVATE_PAGES = False
+
+    def check(self, mapping: Any, pid: int, ctx: DumpContext) -> None:
+        _find(mapping.vma.inode)
+
+    def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
+        vma = mapping.vma
+        entry.status = VMA_REGULAR | VMA_ANON_SHARED | VMA_SYSVIPC
+        entry.flags |= MAP_ANONYMOUS
+        entry.shmid = vma.inode
+        # One that was attached for reading only may never be made writable.
+        entry.fdflags = os.O_RDWR if "mw" in mapping.flags else os.O_RDONLY
+        key = ("sysv shm", vma.inode)
+        if key not in ctx.memo:
+            ctx.memo[key] = True
+            with doing(f"System V shared memory {vma.inode}"):
+                _write_segment(
+                    vma.inode, f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}", ctx
+                )
+
+    def restores(self, entry: Message) -> bool:
+        return bool(entry.status & VMA_SYSVIPC)
+
+    def prepare(self, entry: Message, ctx: BuildContext) -> None:
+        def make() -> int:
+            with doing(f"System V shared memory {entry.shmid}"):
+                return _segment(entry.shmid, ctx)
+
+        ctx.once(("sysv shm", entry.shmid), make)
+
+    def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
+        size: int = ctx.memo["sysv shm", entry.shmid]
+        base = entry.start - entry.pgoff
+        parts = [
+            other
+            for other in ctx.memo["mm"].vmas
+            if self.restores(other)
+            and other.shmid == entry.shmid
+            and other.start - other.pgoff == base
+        ]
+        granted = _granted(parts)
+        if entry.start == parts[0].start:
+            end = base + _whole_pages(size)
+            holes = _holes(base, end, parts)
+            _check_holes(holes, base, entry.start, ctx)
+            flags = SHM_REMAP | (0 if granted & PROT_WRITE else SHM_RDONLY)
+            flags |= SHM_EXEC if granted & PROT_EXEC else 0
+            program.call("shmat", entry.shmid, base, flags, why="attach")
+            for low, high in holes:
+                program.call("munmap", low, high - low, why="a part that the task had unmapped")
+        if prot != granted:
+            program.call("mprotect", entry.start, entry.end - entry.start, prot)
+
+
+def _granted(parts: list[Message]) -> int:
+    """The protection with which the segment is attached: what any part of it needs."""
+    writable = any(
+        part.fdflags == os.O_RDWR if part.HasField("fdflags") else part.prot & PROT_WRITE
+        for part in parts
+    )
+    executable = any(part.prot & PROT_EXEC for part in parts)
+    return PROT_READ | (PROT_WRITE if writable else 0) | (PROT_EXEC if executable else 0)
+
+
+def _holes(base: int, end: int, parts: list[Message]) -> list[tuple[int, int]]:
+    """The parts of [base, end) that the task had unmapped, or mapped something else over."""
+    found: list[tuple[int, int]] = []
+    for part in parts:
+        if part.start > base:
+            found.append((base, part.start))
+        base = part.end
+    if base > end:
+        raise ImageError(
+            "mm", f"mapping {parts[-1].start:x}", "it reaches beyond the end of its segment"
+        )
+    return [*found, (base, end)] if base < end else found
+
+
+def _check_holes(holes: list[tuple[int, int]], base: int, first: int, ctx: BuildContext) -> None:
+    """A segment is attached whole. What lies higher is mapped over it later on; not so what lies
+    lower.
+    """
+    if not holes:
+        return
+    what = "the task had unmapped a part of the segment, and"
+    arena = ctx.memo.get("arena")
+    if arena is None or any(low < arena[1] and arena[0] < high for low, high in holes):
+        raise Unsupported(f"{what} the gap is needed for the restore itself")
+    below = [vma for vma in ctx.memo["mm"].vmas if vma.start < first and base < vma.end]
+    if base < 0 or below:
+        raise Unsupported(f"{what} something else is mapped in front of what was left of it")
+
+
+def _whole_pages(size: int) -> int:
+    return (size + PAGE - 1) & -PAGE
+
+
+def _rows() -> list[sysvipc.Shm]:
+    return sysvipc.parse_shm(read_system("sysvipc/shm"))
+
+
+def _find(shmid: int) -> sysvipc.Shm:
+    found = next((row for row in _rows() if row.shmid == shmid), None)
+    if found is None:
+        raise Unsupported(f"System V shared memory {shmid} is of another IPC namespace")
+    return found
+
+
+# -------------------------------------------------------------------------------------------- dump
+
+
+def _write_segment(shmid: int, link: str, ctx: DumpContext) -> None:
+    row = _find(shmid)
+    entry = pb.ipc_shm_entry(size=row.size, in_pagemaps=True)
+    entry.desc.CopyFrom(
+        pb.ipc_desc_entry(
+            key=row.key & 0xFFFFFFFF,
+            uid=row.uid,
+            gid=row.gid,
+            cuid=row.cuid,
+            cgid=row.cgid,
+            mode=row.perms,
+            id=shmid,
+        )  # fmt: skip
+    )
+    # The link leads to the file behind the segment, which is read without being attached.
+    fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if status.st_blksize > PAGE:
+            entry.hugetlb_flag = SHM_HUGETLB | (status.st_blksize.bit_length() - 1) << HUGE_SHIFT
+        ctx.images.append(f"ipcns-shm-{ctx.memo.get(('ipc', 'number'), HOST_IPC)}", entry)
+        memfd.write_content(ctx, fd, shmid, _whole_pages(max(row.size, status.st_size)))
+    finally:
+        os.close(fd)
+
+
+# ----------------------------------------------------------------------------------------- restore
+
+
+def _segments(ctx: BuildContext) -> dict[int, Message]:
+    """All segments of the images by identifier."""
+    found: dict[int, Message] = {}
+    for name in ctx.images.names():
+        if name.startswith("ipcns-shm-"):
+            for entry, _ in ctx.images.iter_with_payload(name):
+                found[entry.desc.id] = entry
+    return found
+
+
+def _segment(shmid: int, ctx: BuildContext) -> int:
+    """See to it that the segment exists; its size in bytes."""
+    entry = ctx.once(("sysv shm", "all"), lambda: _segments(ctx)).get(shmid)
+    if entry is None:
+        raise ImageError("ipcns-shm", "", f"segment {shmid} is mapped and not there")
+    if not entry.in_pagemaps:
+        raise Unsupported("its content is stored in the form of CRIU before 3.14")
+    rows = _rows()
+    present = next((row for row in rows if row.shmid == shmid), None)
+    size: int = entry.size
+    if present is not None:
+        if (present.key & 0xFFFFFFFF, present.size) != (entry.desc.key, size):
+            raise Unsupported(
+                f"another segment has this identifier (key {present.key:#x}, {present.size} bytes)",
+                hint=f"remove it if nobody needs it: ipcrm -m {shmid}",
+            )
+        if present.nattch == 0:
+            _fill(shmid, size, ctx, empty_first=True)
+        return size
+    key = entry.desc.key
+    if key and any(row.key & 0xFFFFFFFF == key for row in rows):
+        raise Unsupported(
+            f"another segment has its key {key:#x}", hint=f"remove it: ipcrm -M {key:#x}"
+        )
+    _create(entry)
+    ctx.undo.add(f"remove segment {shmid}", lambda: call("shmctl", shmid, IPC_RMID, None))
+    _set_owner(entry.desc)
+    if entry.desc.mode & SHM_LOCKED:
+        call("shmctl", shmid, SHM_LOCK, None)
+    _fill(shmid, size, ctx, empty_first=False)
+    if entry.desc.mode & SHM_DEST:  # removed already: it lasts as long as somebody is attached
+        ctx.memo.setdefault("after_mappings", []).append(
+            lambda: call("shmctl", shmid, IPC_RMID, None)
+        )
+    return size
+
+
+def _create(entry: Message) -> None:
+    desc = entry.desc
+    flags = IPC_CREAT | IPC_EXCL | desc.mode & 0o777 | entry.hugetlb_flag
+    key = desc.key if desc.key < 1 << 31 else desc.key - (1 << 32)
+    for _ in range(_TRIES):
+        with open(NEXT_ID, "w") as file:
+            file.write(str(desc.id))
+        number = _as(desc.cuid, desc.cgid, key, entry.size, flags)
+        if number == desc.id:
+            return
+        # Somebody else's shmget(2) came in between, or the slot is occupied.
+        call("shmctl", number, IPC_RMID, None)
+    raise Unsupported(
+        "its identifier cannot be had", hint="another segment may be in its slot: ipcs -m"
+    )
+
+
+def _as(uid: int, gid: int, key: int, size: int, flags: int) -> int:
+    """shmget(2) as another user: the creator of a segment cannot be changed afterwards."""
+    if not uid and not gid:
+        return call("shmget", key, size, flags)
+    own_uid, own_gid = os.geteuid(), os.getegid()
+    try:
+        os.setegid(gid)
+        os.seteuid(uid)
+        return call("shmget", key, size, flags)
+    finally:
+        os.seteuid(own_uid)
+        os.setegid(own_gid)
+        prctl(PR_SET_DUMPABLE, 1)  # a change of credentials cleared it
+
+
+def _set_owner(desc: Message) -> None:
+    area = buffer(_STAT_BYTES)
+    call("shmctl", desc.id, IPC_STAT, area)
+    for at, value in ((_UID, desc.uid), (_GID, desc.gid), (_MODE, desc.mode & 0o777)):
+        area[at : at + 4] = struct.pack("<I", value)
+    call("shmctl", desc.id, IPC_SET, area)
+
+
+def _fill(shmid: int, size: int, ctx: BuildContext, *, empty_first: bool) -> None:
+    """Write the content through /proc/self/map_files, for which it is attached for the moment."""
+    address = _attach(shmid)
+    try:
+        vma = next(vma for vma in maps.parse(read(os.getpid(), "maps")) if vma.start == address)
+        fd = os.open(f"/proc/self/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            whole = _whole_pages(size)
+            if empty_first:
+                call("fallocate", fd, PUNCH_HOLE_KEEP_SIZE, 0, whole)
+            memfd.read_content(ctx, fd, shmid, whole)
+        finally:
+            os.close(fd)
+    finally:
+        call("shmdt", address)
+
+
+def _attach(shmid: int) -> int:
+    address = try_call("shmat", shmid, None, 0)
+    if -4096 < address < 0:
+        raise KernelError("shmat", -address)
+    return address
+
+
+RESOURCE = SysvShared()
