@@ -133,14 +133,17 @@ def test_a_zombie(start: Targets, images: str) -> None:
 
 def test_everything_in_the_way_is_named_at_once(start: Targets, images: str) -> None:
     target = start.c(
-        "#include <sys/socket.h>\n#include <sys/inotify.h>\n"
+        "#include <linux/perf_event.h>\n"
         "int main(void) {"
-        " MUST(socket(AF_ALG, SOCK_SEQPACKET, 0)); MUST(inotify_init());"
-        " struct { int t, s; unsigned f[30]; } p = {0}; (void)p;"
-        " MUST(syscall(425, 4, &p.f[0]));"  # io_uring_setup
-        ' if (fork() == 0) { MUST(socket(AF_VSOCK, SOCK_STREAM, 0)); for (;;) pause(); }'
+        " static unsigned ring[30];"
+        " struct perf_event_attr event = {.type = PERF_TYPE_SOFTWARE, .size = sizeof(event),"
+        "   .config = PERF_COUNT_SW_CPU_CLOCK};"
+        " MUST(syscall(425, 4, ring));"  # io_uring_setup
+        " MUST(syscall(SYS_userfaultfd, O_CLOEXEC));"
+        " MUST(syscall(SYS_perf_event_open, &event, 0, -1, -1, 0));"
+        " if (fork() == 0) { MUST(syscall(SYS_userfaultfd, 0)); for (;;) pause(); }"
         ' usleep(20000); ready(); wait_told("go"); pass(); }'
-    )  # fmt: skip
+    )
     before = observe_tree(target.pid)
     with pytest.raises(torpor.Unsupported) as caught:
         torpor.dump(target.pid, images)

@@ -37,9 +37,7 @@ def alone(test: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def segment(
-    key: int = 0, size: int = 5 * PAGE, mode: int = 0o640, at: int = AREA, flags: int = 0
-) -> int:
+def segment(key: int = 0, size: int = 5 * PAGE, mode: int = 0o640, at: int = AREA, flags: int = 0) -> int:
     number = call("shmget", key, size, 0o3000 | mode)
     assert call("shmat", number, at, flags) == at
     return number
@@ -48,9 +46,7 @@ def segment(
 def row(number: int) -> dict[str, str] | None:
     with open("/proc/sysvipc/shm") as file:
         head, *lines = [line.split() for line in file]
-    return next(
-        (dict(zip(head, line, strict=True)) for line in lines if line[1] == str(number)), None
-    )
+    return next((dict(zip(head, line, strict=True)) for line in lines if line[1] == str(number)), None)
 
 
 def layout() -> list[str]:

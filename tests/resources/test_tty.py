@@ -35,9 +35,7 @@ RDWR = os.O_RDWR | os.O_NOCTTY
 def own_devpts() -> None:
     call("unshare", CLONE_NEWNS)
     call("mount", b"none\0", b"/\0", None, MS_REC_PRIVATE, None)
-    call(
-        "mount", b"devpts\0", b"/dev/pts\0", b"devpts\0", 0, b"newinstance,ptmxmode=0666,mode=620\0"
-    )
+    call("mount", b"devpts\0", b"/dev/pts\0", b"devpts\0", 0, b"newinstance,ptmxmode=0666,mode=620\0")
     call("mount", b"/dev/pts/ptmx\0", b"/dev/ptmx\0", None, MS_BIND, None)
 
 

@@ -21,6 +21,7 @@ from ..remote.program import Program
 from ..remote.tracee import Seized
 from ..resources import fs, locks, remap
 from ..resources.base import DumpContext
+from ..resources.files import tty
 from ..undo import Undo
 from . import collect, cpu, preflight
 from .dump_files import FileDumper
@@ -96,6 +97,7 @@ class _Dump:
         self.kinds = resources.task_resources()
         self.cores: dict[int, Message] = {}
         self.reported_stops: set[int] = set()
+        self.unread = tty.Unread(None)
 
     def run(self) -> None:
         done = False
@@ -103,9 +105,14 @@ class _Dump:
             self._freeze()
             self._write()
             self.writer.commit()
+            if self.options.leave_running or self.options.leave_stopped:
+                self.unread.put_back()
             self._finish()
+            self.unread.forget()
             done = not self.options.leave_running
         finally:
+            if not done:
+                self.unread.put_back()
             self.seized.release_all()
             if not done:
                 remap.remove_links(self.ctx)
@@ -130,6 +137,7 @@ class _Dump:
             with doing(f"task {task.pid}"):
                 self._write_task(task, files)
         files.finish()
+        self.unread = tty.finish(self.ctx)
         self.memory.finish()
         locks.finish(self.ctx)
         self._write_tree()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..model.source import SourceTask
-    from ..resources.base import DumpContext
+    from ..resources.base import DumpContext, FileResource
 
 O_CLOEXEC = os.O_CLOEXEC
 
@@ -35,6 +35,7 @@ class FileDumper:
         self.ctx = ctx
         self.kinds = FileKinds()
         self.count = 0
+        ctx.file_id = self.dump_own
         self._trees: dict[object, KcmpTree] = {}
         self._tables: set[int] = set()
 
@@ -55,21 +56,34 @@ class FileDumper:
 
     def _dump_fd(self, task: SourceTask, fd: int, image: str) -> None:
         source = open_source(task.pid, fd, lambda: self.ctx.borrow(task, fd))
+        resource = self._dump_source(source)
+        cloexec = bool(int(source.fdinfo[b"flags"][0], 8) & O_CLOEXEC)
+        task.fds[fd] = (source.id, cloexec)
+        self.ctx.images.append(
+            image, pb.fdinfo_entry(id=source.id, flags=int(cloexec), type=resource.FD_TYPE, fd=fd)
+        )
+
+    def dump_own(self, fd: int, carrier: SourceFile) -> int:
+        """The id of the description behind a descriptor of ours; it is dumped if it is new. See DumpContext.file_id."""
+        source = open_source(os.getpid(), fd, lambda: fd)
+        source.holder = carrier.holder
+        with doing(f"in flight: {source.link}"):
+            self._dump_source(source)
+        return source.id
+
+    def _dump_source(self, source: SourceFile) -> FileResource:
+        """Number a description, and write its entry if it is new."""
         resource = self.kinds.find(source)
         stat = source.stat
         key = (stat.st_dev, stat.st_ino, stat.st_rdev, source.link, source.fdinfo[b"pos"][0], source.flags)
         tree = self._trees.get(key)
         if tree is None:
             tree = self._trees[key] = KcmpTree(_compare, lambda: self.ctx.new_id("file"))
-        source.id, fresh = tree.number_of((task.pid, fd))
+        source.id, fresh = tree.number_of((source.pid, source.fd))
         if fresh:
             entry = resource.dump(source, self.ctx)
             self.write_entry(resource.FD_TYPE, resource.FIELD, source.id, entry)
-        cloexec = bool(int(source.fdinfo[b"flags"][0], 8) & O_CLOEXEC)
-        task.fds[fd] = (source.id, cloexec)
-        self.ctx.images.append(
-            image, pb.fdinfo_entry(id=source.id, flags=int(cloexec), type=resource.FD_TYPE, fd=fd)
-        )
+        return resource
 
     def write_entry(self, kind: int, field: str, file_id: int, entry: object) -> None:
         """Add a file_entry to the images."""
@@ -80,6 +94,8 @@ class FileDumper:
 
     def finish(self) -> None:
         """All tasks are done."""
+        for hook in self.ctx.memo.get("after_files", ()):
+            hook()
 
 
 def _compare(a: tuple[int, int], b: tuple[int, int]) -> int:

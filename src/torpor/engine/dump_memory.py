@@ -22,6 +22,7 @@ from .sharing import Sharing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Any
 
     from ..images.schema import Message
@@ -32,6 +33,7 @@ PAGE = 4096
 CHUNK_BYTES = 1 << 20
 ADDRESS_END = 0x7FFFFFFFF000
 IOV_MAX = 1024
+WHOLE_KINDS = ("vdso", "aio")  # of these all pages are stored, in whatever way the kernel keeps them
 
 #: VmFlags of smaps → MADV_* of the images (fs/proc/task_mmu.c, show_smap_vma_flags)
 MADVICE = {"sr": 2, "rr": 1, "dc": 10, "dd": 16, "mg": 12, "hg": 14, "nh": 15, "wf": 18}
@@ -83,10 +85,7 @@ class MemoryDumper:
                 one = entry.vmas.add()
                 self._vma_entry(mapping, one)
                 resource.dump(mapping, task, self.ctx, one)
-                if resource.PRIVATE_PAGES and one.flags & (base.MAP_PRIVATE | base.MAP_DROPPABLE):
-                    if not one.flags & base.MAP_DROPPABLE:
-                        spans.append((vma.start, vma.end))
-                elif vma.kind == "vdso":
+                if vma.kind in WHOLE_KINDS or (resource.PRIVATE_PAGES and one.flags & base.MAP_PRIVATE):
                     spans.append((vma.start, vma.end))
                 elif vma.kind == "vvar_vclock":
                     _join_vvar(entry.vmas)
@@ -94,6 +93,8 @@ class MemoryDumper:
         runs, guards = self._present(task, spans)
         for start, end in guards:
             entry.vmas.add(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=base.VMA_GUARD, fd=-1)
+        for ring in self.ctx.memo.get(("aios", task.pid), ()):
+            entry.aios.add(**ring)
         self.ctx.images.write_one(f"mm-{task.vpid}", entry)
         self._write_pages(task, runs)
         self.seconds += time.monotonic() - started
@@ -147,13 +148,9 @@ class MemoryDumper:
         finally:
             os.close(fd)
         guards = [(start, end) for start, end, what in regions if what & kernel.PM_GUARD]
-        vdso = next(((m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind == "vdso"), (0, 0))
-        wanted = [
-            (start, end)
-            for start, end, what in regions
-            if not what & kernel.PM_GUARD and (not what & kernel.PM_FILE or vdso[0] <= start < vdso[1])
-        ]
-        return clip(wanted, spans, whole=vdso), guards
+        whole = {(m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind in WHOLE_KINDS}
+        wanted = [(start, end) for start, end, what in regions if not what & (kernel.PM_GUARD | kernel.PM_FILE)]
+        return clip(wanted, spans, whole), guards
 
     def _write_pages(self, task: SourceTask, runs: list[tuple[int, int]]) -> None:
         pages_id = self.ctx.new_id("pages")
@@ -209,14 +206,14 @@ def _join_vvar(vmas: Any) -> None:
 
 
 def clip(
-    runs: list[tuple[int, int]], spans: list[tuple[int, int]], whole: tuple[int, int] = (0, 0)
+    runs: list[tuple[int, int]], spans: list[tuple[int, int]], whole: Collection[tuple[int, int]] = ()
 ) -> list[tuple[int, int]]:
-    """The parts of ``runs`` inside ``spans`` (both ascending); the span ``whole`` is taken whole. Neighbours are joined."""
+    """The parts of ``runs`` inside ``spans`` (both ascending); spans in ``whole`` are taken whole. Neighbours are joined."""
     found: list[tuple[int, int]] = []
     index = 0
     for low, high in spans:
-        if (low, high) == whole:
-            pieces = [whole]
+        if (low, high) in whole:
+            pieces = [(low, high)]
         else:
             while index < len(runs) and runs[index][1] <= low:
                 index += 1

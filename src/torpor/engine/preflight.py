@@ -14,6 +14,7 @@ from ..proc import status as proc_status
 from ..proc.read import numbers, read
 from ..resources import FileKinds, MappingKinds
 from ..resources.base import DumpContext
+from ..resources.files import tty
 from . import collect
 from .dump_files import open_source
 from .dump_memory import mapping_trouble
@@ -93,6 +94,7 @@ def blockers(pid: int, options: Options, *, thorough: bool = True) -> list[Torpo
     files, mappings = FileKinds(), MappingKinds()
     try:
         tree = collect.look(pid)
+        ctx.memo["pids"] = list(tree)
         outside = tree[pid][1].session
         if outside not in tree and not options.shell_job:
             error = Unsupported(
@@ -110,6 +112,7 @@ def blockers(pid: int, options: Options, *, thorough: bool = True) -> list[Torpo
                     raise
             except TaskGone:
                 continue  # it need not be dumped any more
+        found += tty.unpaired(ctx)
         return found
     finally:
         ctx.close()

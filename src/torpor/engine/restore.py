@@ -22,6 +22,7 @@ from ..remote.program import Program
 from ..resources import fs, locks
 from ..resources import task as task_state
 from ..resources.base import BuildContext
+from ..resources.files import tty
 from ..resources.fown import emit as emit_fown
 from ..undo import Undo
 from . import conduct, cpu, load, plan, restore_memory
@@ -215,6 +216,7 @@ class _Restore:
             base = plan.hole(spans, size)
             self.programs = {}
             self.placeholder = _Place(base, size)
+            self.ctx.memo["arena"] = (base, base + size)
             for task in self.snapshot.tasks.values():
                 self._write_programs(task, memory)
             needed = sum((program.size + 63) // 64 * 64 for program in self.programs.values())
@@ -247,6 +249,7 @@ class _Restore:
                 self._emit_fork(task, child, main)
             elif step == plan.SETSID:
                 main.call("setsid", why="session leader")
+                tty.emit_session(task.pid, main, self.ctx)
             else:
                 memory.emit(task, main, inherited=parent if heir else None)
         self._emit_group_leader(task, main)
@@ -338,6 +341,7 @@ class _Restore:
         """From the moment when all tasks exist: groups, what files need of their holders, the task's own state."""
         self._emit_join_group(task, main)
         memory.emit_late(task, main)
+        tty.emit_foreground(task.pid, main, self.ctx)
         if self._owns_table(task):
             self._emit_settle(task, main)
             for first, last in ranges(self.ctx.kept):
@@ -389,7 +393,7 @@ class _Restore:
         for fd, file_id, _ in task.fds:
             resource, entry = self.ctx.files[file_id]
             resource.settle_each(entry, fd, task, program, self.ctx)
-        for fd, file_id, _ in task.fds:
+        for fd, file_id in [*((fd, file_id) for fd, file_id, _ in task.fds), *self._in_flight(task)]:
             resource, entry = self.ctx.files[file_id]
             if file_id in settled:
                 continue
@@ -398,6 +402,20 @@ class _Restore:
             fown = entry.fown if "fown" in entry.DESCRIPTOR.fields_by_name else None
             if fown is not None:
                 emit_fown(fown, fd, program, getattr(entry, "flags", 0))
+
+    def _in_flight(self, task: RestoredTask) -> list[tuple[int, int]]:
+        """(our descriptor, file id) of the files that are in flight in the task's sockets."""
+        carriers: dict[int, int] = self.ctx.memo.get("in flight", {})  # file id → id of the socket
+        held = {file_id for _, file_id, _ in task.fds}
+        found = []
+        for file_id, carrier in carriers.items():
+            seen = {file_id}
+            while carrier in carriers and carrier not in held and carrier not in seen:
+                seen.add(carrier)
+                carrier = carriers[carrier]
+            if carrier in held and file_id in self.ctx.built:
+                found.append((self.ctx.built[file_id], file_id))
+        return found
 
     # ------------------------------------------------------------------------------- running them
 

@@ -28,7 +28,7 @@ PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 MADV_DONTNEED, MADV_GUARD_INSTALL = 4, 102
 MADV_DONTFORK, MADV_WIPEONFORK = 10, 18
 UNPLACED = base.VMA_GUARD | base.VMA_VSYSCALL
-NO_PAGES = base.VMA_VDSO | base.VMA_VVAR | base.VMA_VSYSCALL | base.VMA_AIORING
+NO_PAGES = base.VMA_VDSO | base.VMA_VVAR | base.VMA_VSYSCALL
 READ_BYTES_MAX = 1 << 30
 
 
@@ -124,6 +124,8 @@ class MemoryPlan:
             if pieces and not entry.prot & PROT_WRITE:
                 program.call("mprotect", entry.start, length, entry.prot | PROT_WRITE)
         else:
+            if entry.status & base.VMA_AIORING:  # the kernel's own layout: the resource knows what goes where
+                self.ctx.memo["pieces"], pieces = pieces, []
             prot = entry.prot | PROT_WRITE if pieces else entry.prot
             self.kinds.of_entry(entry).restore(entry, prot, program, self.ctx)
             if entry.HasField("anon_name"):

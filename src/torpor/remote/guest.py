@@ -61,6 +61,7 @@ class Guest:
         self.signal = next(
             (n for n in IGNORED_BY_DEFAULT if not signals_in_use >> (n - 1) & 1), IGNORED_BY_DEFAULT[0]
         )
+        self._blocked = ALL_SIGNALS & ~(1 << (self.signal - 1))
         self.code = self._find_room(rooms)
 
     def _find_room(self, rooms: Sequence[int]) -> int:
@@ -85,13 +86,13 @@ class Guest:
         """
         size = -(-program.size // PAGE) * PAGE
         self._write_frame(vtid, size, regs, sigmask)
-        ptrace.set_sigmask(tid, ALL_SIGNALS & ~(1 << (self.signal - 1)))
         start = regs.copy()
-        start.ip, start.orig_ax, start.ax = self.code, ALL_SIGNALS, NR["mmap"]
-        # Shared, so that it does not count for RLIMIT_DATA.
-        start.di, start.si, start.dx, start.r10, start.r8, start.r9 = 0, size, 3, 0x21, ALL_SIGNALS, 0
+        start.ip, start.orig_ax = self.code, ALL_SIGNALS
         self.unclean = True
+        # In this order, and at the end in the opposite one: without us the code blocks signals itself and gives the mask
+        # back, whereas a mask that was changed before would stay changed.
         ptrace.set_regs(tid, start)
+        ptrace.set_sigmask(tid, self._blocked)
         self._resume(tid)
         now = ptrace.get_regs(tid)
         memory, reached = b"", 0
@@ -102,8 +103,8 @@ class Guest:
             memory = os.pread(self.mem_fd, program.size, now.bx)
             reached = ptrace.get_regs(tid).r15
             self._resume(tid)
-        ptrace.set_regs(tid, regs)
         ptrace.set_sigmask(tid, sigmask)
+        ptrace.set_regs(tid, regs)
         self.unclean = False
         if not memory:
             raise Unsupported(f"task {tid}: it cannot map {size} bytes for a moment", hint="RLIMIT_AS reached?")
@@ -142,7 +143,7 @@ class Guest:
             ax = NR["restart_syscall"] if code == ERESTART_RESTARTBLOCK else regs.orig_ax
         values = [getattr(regs, name) for name in machine.REGISTERS]
         values[machine.REGISTERS.index("ax")] = ax
-        head = (self.vpid, vtid, self.signal, arena_bytes, sigmask, regs.flags, regs.sp, ip)
+        head = (self.vpid, vtid, self.signal, arena_bytes, sigmask, regs.flags, regs.sp, ip, self._blocked)
         frame = struct.pack(f"<{machine.FRAME_WORDS}Q", *head, *values)
         os.pwrite(self.mem_fd, machine.GUEST + frame, self.code)
 

@@ -52,10 +52,24 @@ stub_start:
         int3
 stub_end:
 
-# In tasks that are not ours. Entered with the registers of an mmap call; if whoever set it going dies at any instant, the
-# task finds its way back alone: each stop is a signal that the task ignores, and all registers come from the frame.
+# In tasks that are not ours. If whoever set it going dies at any instant, the task finds its way back alone: each stop is a
+# signal that the task ignores, and all registers come from the frame. Signals are blocked here, though the tracer does so
+# as well: it may have died in between.
         .globl  guest_start, guest_end
 guest_start:
+        mov     $2, %edi
+        lea     blocked(%rip), %rsi
+        xor     %edx, %edx
+        mov     $8, %r10d
+        mov     $14, %eax
+        syscall
+        xor     %edi, %edi              # an arena; shared, so that it does not count for RLIMIT_DATA
+        mov     arena_bytes(%rip), %rsi
+        mov     $3, %edx
+        mov     $0x21, %r10d
+        mov     $-1, %r8
+        xor     %r9d, %r9d
+        mov     $9, %eax
         syscall
         xor     %ebp, %ebp
         cmp     $-4095, %rax
@@ -85,6 +99,12 @@ guest_run:
         mov     signal(%rip), %rdx
         mov     $234, %eax
         syscall
+        mov     $2, %edi                # the tracer may have died after it had unblocked them
+        lea     blocked(%rip), %rsi
+        xor     %edx, %edx
+        mov     $8, %r10d
+        mov     $14, %eax
+        syscall
         lea     flags(%rip), %rsp       # every signal is blocked: nobody pushes here
         popf
         mov     stack(%rip), %rsp
@@ -112,7 +132,7 @@ guest_run:
         jmp     *ip(%rip)
         .balign 8
         .globl  frame
-frame:                                  # 24 words that follow the code
+frame:                                  # the words that follow the code
         .set    pid, frame
         .set    tid, frame + 8
         .set    signal, frame + 16
@@ -121,5 +141,6 @@ frame:                                  # 24 words that follow the code
         .set    flags, frame + 40
         .set    stack, frame + 48
         .set    ip, frame + 56
-        .set    regs, frame + 64
+        .set    blocked, frame + 64
+        .set    regs, frame + 72
 guest_end:

@@ -117,9 +117,7 @@ def termios_locked(fd: int) -> Termios:
 
 def lock_termios(fd: int, locked: Termios) -> None:
     """Lock settings. Needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE."""
-    raw = _TERMIOS.pack(
-        locked.iflag, locked.oflag, locked.cflag, locked.lflag, locked.line, locked.cc
-    )
+    raw = _TERMIOS.pack(locked.iflag, locked.oflag, locked.cflag, locked.lflag, locked.line, locked.cc)
     fcntl.ioctl(fd, TIOCSLCKTRMIOS, raw)
 
 

@@ -78,7 +78,8 @@ def _clone(pid: int) -> int:
     number = buffer(4)
     struct.pack_into("<i", number, 0, pid)
     # No signal when it ends: the parent may have a handler that waits for its own children.
-    args = struct.pack("<11Q", CLONE_FILES, 0, 0, 0, 0, 0, 0, 0, address_of(number), int(pid > 0), 0)
+    chosen = (address_of(number), 1) if pid > 0 else (0, 0)
+    args = struct.pack("<11Q", CLONE_FILES, 0, 0, 0, 0, 0, 0, 0, *chosen, 0)
     try:
         return call("clone3", args, len(args))
     except KernelError as error:

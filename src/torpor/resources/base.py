@@ -31,12 +31,14 @@ class SourceFile:
     images.
     """
 
-    __slots__ = ("_fdinfo", "borrow", "fd", "id", "link", "pid", "stat")
+    __slots__ = ("_fdinfo", "borrow", "fd", "holder", "id", "link", "pid", "stat")
 
     def __init__(
         self, pid: int, fd: int, link: str, stat: os.stat_result, borrow: Callable[[], int], file_id: int = 0
     ) -> None:
         self.pid = pid
+        #: The task that holds it, or the socket that it is in flight in: then ``pid`` is our own.
+        self.holder = pid
         self.fd = fd
         self.link = link
         self.stat = stat
@@ -185,6 +187,10 @@ class DumpContext:
         self.tasks: dict[int, Any] = {}
         #: Anything that entries of one kind must share (a pipe's two ends): key → value, keys are (kind, …).
         self.memo: dict[Any, Any] = {}
+        #: Gives the id of the description behind a descriptor of ours, which is dumped if it is new: for files
+        #: that are in flight in the socket that is the second argument. Set by the engine; the descriptor must
+        #: stay open as long as the dump.
+        self.file_id: Callable[[int, SourceFile], int]
         self._next: dict[str, int] = {}
         self._borrowed: dict[tuple[int, int], int] = {}
         self._adopted: list[int] = []

@@ -10,6 +10,7 @@ Kernel: net/unix/af_unix.c
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from ..errors import ImageError, KernelError, Unsupported, doing
 from ..images import schema as pb
@@ -23,7 +24,8 @@ from .unix_names import show
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
     from ..images.schema import Message
     from .base import BuildContext
@@ -35,11 +37,14 @@ _MANY = 4096
 
 
 def make_all(ctx: BuildContext, fd_type: int) -> dict[int, int]:
-    """Make every unix socket of the images: file id → descriptor. What remains to be done is left to ``after_build``."""
+    """Make every unix socket of the images: file id → descriptor, which is the context's.
+
+    What remains to be done is left to ``after_build``.
+    """
     builder = _Builder(ctx, [entry for kind, entry in ctx.files.values() if kind.FD_TYPE == fd_type])
     builder.make()
     ctx.memo.setdefault("after_build", []).append(builder.finish)
-    return {entry.id: os.dup(builder.fds[entry.ino]) for entry in builder.entries.values()}
+    return {entry.id: builder.fds[entry.ino] for entry in builder.entries.values()}
 
 
 class _Connection:
@@ -189,7 +194,7 @@ class _Builder:
             for at in range(0, len(some), _AT_ONCE):
                 part = some[at : at + _AT_ONCE]
                 kind = part[0].some.type
-                pairs = _as(who, lambda part=part, kind=kind: [sockets.socketpair(kind) for _ in part])  # type: ignore[misc]
+                pairs = _as(who, partial(_socketpairs, kind, len(part)))
                 for one, (first, second) in zip(part, pairs, strict=True):
                     self._place_ends(one, first, second)
         for one in connections:
@@ -222,7 +227,7 @@ class _Builder:
             last.setdefault(who and who.key, (who, []))[1].append(entry)
         for who, some in last.values():
             pairs = [(self.fds[entry.ino], max(entry.backlog, 0)) for entry in some]
-            _as(who, lambda pairs=pairs: [sockets.listen(*pair) for pair in pairs])  # type: ignore[misc]
+            _as(who, partial(_listen_all, pairs))
         for some_more in groups.values():
             self._accept_by_stand_in(some_more)
 
@@ -249,7 +254,7 @@ class _Builder:
     def _make_unnamed(self, connections: list[_Connection]) -> None:
         for one in connections:
             kind = one.some.type
-            first, second = _as(_identity(one.some), lambda kind=kind: sockets.socketpair(kind))  # type: ignore[misc]
+            first, second = _as(_identity(one.some), partial(sockets.socketpair, kind))
             self._place_ends(one, first, second)
             if one.client is not None:
                 self._name(one.client)
@@ -421,7 +426,7 @@ class _Builder:
         to = _reach(self.anchors.get(listener.ino, -1), listener.name)
         for ino in order:
             client = self.fds[ino]
-            _as(_identity(clients[ino]), lambda client=client: sockets.connect(client, to))  # type: ignore[misc]
+            _as(_identity(clients[ino]), partial(sockets.connect, client, to))
         if len(order) > listener.backlog + 1:
             _as(_identity(listener), lambda: sockets.listen(fd, listener.backlog))
 
@@ -437,6 +442,15 @@ class _Builder:
                 sockets.shutdown(fd, entry.shutdown - 1)
             except KernelError as error:
                 raise KernelError("shutdown", error.errno or 0) from None
+
+
+def _socketpairs(kind: int, count: int) -> list[tuple[int, int]]:
+    return [sockets.socketpair(kind) for _ in range(count)]
+
+
+def _listen_all(some: list[tuple[int, int]]) -> None:
+    for fd, backlog in some:
+        sockets.listen(fd, backlog)
 
 
 def _place(entry: Message) -> tuple[object, ...]:
@@ -459,6 +473,6 @@ def _identity(entry: Message | None) -> Identity | None:
     return Identity(cred.pid, cred.uid, cred.gid, tuple(cred.groups))
 
 
-def _as(who: Identity | None, action: object) -> object:
+def _as(who: Identity | None, action: Callable[[], Any]) -> Any:
     """Do it as somebody: in a child, unless we do not know as whom."""
-    return apart(action, who) if who is not None else action()  # type: ignore[arg-type, operator]
+    return apart(action, who) if who is not None else action()

@@ -18,7 +18,7 @@ from .apart import Identity, apart
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..images.schema import Message as Entry
-    from .base import BuildContext, DumpContext
+    from .base import BuildContext, DumpContext, SourceFile
 
 FIONREAD = 0x541B
 _FIRST_BYTES = 1 << 16
@@ -28,12 +28,13 @@ _POLLPRI = 2
 # ---------------------------------------------------------------------- dump
 
 
-def dump(fd: int, kind: int, ended: bool, file_id: int, ctx: DumpContext) -> None:
+def dump(source: SourceFile, kind: int, ended: bool, ctx: DumpContext) -> None:
     """Write all that waits to be read from a socket of type ``kind``; it stays there.
 
     ``ended``: nothing can be added any more (its reading side is shut down). Descriptors in flight get
     entries of their own.
     """
+    fd = source.borrow()
     with Socket(fd) as sock:
         before = sock.getsockopt(SOL_SOCKET, SO_PEEK_OFF)
         try:
@@ -45,7 +46,7 @@ def dump(fd: int, kind: int, ended: bool, file_id: int, ctx: DumpContext) -> Non
         for one in message.fds:
             ctx.adopt(one)
     for message in found:
-        _write(message, file_id, ctx)
+        _write(message, source, ctx)
 
 
 def _peek_all(fd: int, sock: object, kind: int, ended: bool) -> list[Message]:
@@ -98,10 +99,10 @@ def _split(message: Message, fd: int, sock: object, at: int) -> list[Message]:
     return [first, message]
 
 
-def _write(message: Message, file_id: int, ctx: DumpContext) -> None:
-    entry = pb.sk_packet_entry(id_for=file_id, length=len(message.data))
+def _write(message: Message, source: SourceFile, ctx: DumpContext) -> None:
+    entry = pb.sk_packet_entry(id_for=source.id, length=len(message.data))
     if message.fds:
-        rights = [ctx.file_id(fd) for fd in message.fds]
+        rights = [ctx.file_id(fd, source) for fd in message.fds]
         entry.scm.add(type=sockets.SCM_RIGHTS, rights=rights)
     if message.sender:
         entry.sender = message.sender
@@ -126,6 +127,9 @@ def _load(ctx: BuildContext) -> dict[int, list[Packet]]:
     found: dict[int, list[Packet]] = {}
     for entry, data in ctx.images.iter_with_payload("sk-queues"):
         found.setdefault(entry.id_for, []).append((entry, data))
+        for scm in entry.scm:
+            for file_id in scm.rights:
+                ctx.memo.setdefault("in flight", {}).setdefault(file_id, entry.id_for)
     return found
 
 
@@ -202,5 +206,5 @@ def has_urgent(fd: int) -> bool:
 
     poll = select.poll()
     poll.register(fd, _POLLPRI)
-    return bool(poll.poll(0))
+    return any(events & _POLLPRI for _, events in poll.poll(0))
 

@@ -153,9 +153,7 @@ class Terminals:
         self.data: dict[int, bytes] = {}
         for one in ctx.images.read_all("tty-data"):
             self.data[one.tty_id] = self.data.get(one.tty_id, b"") + one.data
-        self.files: list[Any] = [
-            entry for resource, entry in ctx.files.values() if resource.FD_TYPE == _FD_TYPE
-        ]
+        self.files: list[Any] = [entry for resource, entry in ctx.files.values() if resource.FD_TYPE == _FD_TYPE]
         self._made: dict[int, int] = {}
         self._outside: set[int] = set()
         for number, info in self.infos.items():
@@ -188,12 +186,7 @@ class Terminals:
         best = -1
         for entry in self.files:
             info = self._info(entry)
-            if (
-                info.sid != pid
-                or not pid
-                or entry.id in self._outside
-                or info.type in (CTTY, EXTERNAL)
-            ):
+            if info.sid != pid or not pid or entry.id in self._outside or info.type in (CTTY, EXTERNAL):
                 continue
             if entry.id in self.ctx.built and (best < 0 or is_master(info)):
                 best = self.ctx.built[entry.id]
@@ -201,16 +194,12 @@ class Terminals:
 
     def foreground(self, pid: int) -> int:
         """The foreground process group of the session that ``pid`` leads; 0: none."""
-        return next(
-            (int(info.pgrp) for info in self.infos.values() if info.sid == pid and info.pgrp), 0
-        )
+        return next((int(info.pgrp) for info in self.infos.values() if info.sid == pid and info.pgrp), 0)
 
     def _info(self, entry: Message) -> Message:
         info = self.infos.get(entry.tty_info_id)
         if info is None:
-            raise ImageError(
-                "tty-info.img", "", f"no terminal {entry.tty_info_id}, which file {entry.id} is"
-            )
+            raise ImageError("tty-info.img", "", f"no terminal {entry.tty_info_id}, which file {entry.id} is")
         return info
 
     def _path(self, entry: Message, otherwise: str) -> str:
@@ -269,9 +258,7 @@ class Terminals:
         mine = [
             (entry, info)
             for entry in self.files
-            if (info := self._info(entry)).type == PTY
-            and info.pty.index == index
-            and info.HasField("termios")
+            if (info := self._info(entry)).type == PTY and info.pty.index == index and info.HasField("termios")
         ]
         slaves = [(entry, info) for entry, info in mine if not is_master(info)]
         owner = self._master_file(index)
@@ -280,9 +267,7 @@ class Terminals:
             self._put(owner, master)
             master = self._made[owner.id]
         else:
-            master = open_pair(
-                ptmx_beside(self._path(slaves[0][0], "/dev/pts/0")), index, os.O_RDWR
-            )
+            master = open_pair(ptmx_beside(self._path(slaves[0][0], "/dev/pts/0")), index, os.O_RDWR)
             master = self.ctx.keep(master)
             self.ctx.memo.setdefault("orphan pts masters", []).append(master)
         for entry, _ in slaves:
@@ -351,9 +336,7 @@ class Terminals:
             fcntl.ioctl(master, tty.TIOCEXCL)
         tty.tell(master, tty.TIOCSPTLCK, int(info.locked))
 
-    def _lock(
-        self, master: int, slaves: list[tuple[Message, Message]], infos: list[Message]
-    ) -> None:
+    def _lock(self, master: int, slaves: list[tuple[Message, Message]], infos: list[Message]) -> None:
         """What makes opening or setting harder comes last."""
         for entry, info in slaves:
             if info.exclusive:
@@ -386,9 +369,7 @@ class Terminals:
     def _connect(self, given: int, entry: Message, info: Message) -> int:
         if given < 0:
             key = key_of(info.rdev, info.dev)
-            raise Unsupported(
-                "it is outside of the tree", hint=f"--inherit-fd fd[N]:{key} with a terminal as N"
-            )
+            raise Unsupported("it is outside of the tree", hint=f"--inherit-fd fd[N]:{key} with a terminal as N")
         fd = _another(given, entry.flags)
         self._adapt(fd, info, lambda: os.dup(given))
         return fd
@@ -401,9 +382,7 @@ class Terminals:
             raise Unsupported("its other end was outside of the tree", hint=hint)
         own = next((fd for fd in (0, 1, 2) if os.isatty(fd)), -1)
         if own < 0:
-            raise Unsupported(
-                "it is to be connected to your terminal, but there is none", hint=hint
-            )
+            raise Unsupported("it is to be connected to your terminal, but there is none", hint=hint)
         self._outside.add(entry.id)
         fd = _another(own, entry.flags)
         self._adapt(fd, info, lambda: os.dup(own))
@@ -411,9 +390,7 @@ class Terminals:
 
     def _ctty_of_caller(self, entry: Message, info: Message) -> int:
         if not self.ctx.options.shell_job:
-            raise Unsupported(
-                "the terminal of its session is not in the images", hint="--shell-job"
-            )
+            raise Unsupported("the terminal of its session is not in the images", hint="--shell-job")
         self._outside.add(entry.id)
         try:
             return os.open("/dev/tty", entry.flags & _OPENABLE | os.O_NOCTTY | os.O_CLOEXEC)

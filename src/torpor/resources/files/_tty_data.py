@@ -274,6 +274,5 @@ def _write(fd: int, data: bytes) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     while data and poll.poll(0):
-        data = data[
-            os.write(fd, data[:1]) :
-        ]  # of more, a part might be written and the rest waited for
+        # Of more than one byte a part might be written and the rest waited for.
+        data = data[os.write(fd, data[:1]) :]

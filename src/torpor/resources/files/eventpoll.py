@@ -110,7 +110,7 @@ def _find_all(source: SourceFile) -> list[tuple[EpollTarget, int, int]]:
     targets = fdinfo_watches.epoll(source.fdinfo)
     if not targets:
         return []
-    open_now = set(numbers(source.pid, "fd"))
+    open_now = set(numbers(source.holder, "fd"))
     taken = open_now | {target.tfd for target in targets}
     seen: dict[int, int] = {}
     found: list[tuple[EpollTarget, int, int]] = []
@@ -135,14 +135,14 @@ def _holder(source: SourceFile, target: EpollTarget, offset: int, open_now: set[
         return target.tfd
     for fd in sorted(open_now):
         try:
-            status = os.stat(f"/proc/{source.pid}/fd/{fd}")
+            status = os.stat(f"/proc/{source.holder}/fd/{fd}")
         except OSError:
             continue
         if status.st_ino == target.ino and _is_target(source, target, offset, fd):
             return fd
     raise unsupported(
         source,
-        f"it watches a file that was added as fd {target.tfd} and that task {source.pid} has"
+        f"it watches a file that was added as fd {target.tfd} and that task {source.holder} has"
         " closed since",
         hint="the file is held by another process; remove the watch before the file is closed",
     )
@@ -151,7 +151,7 @@ def _holder(source: SourceFile, target: EpollTarget, offset: int, open_now: set[
 def _is_target(source: SourceFile, target: EpollTarget, offset: int, fd: int) -> bool:
     slot = struct.pack("=3I", source.fd, target.tfd, offset)  # struct kcmp_epoll_slot
     try:
-        return call("kcmp", source.pid, source.pid, KCMP_EPOLL_TFD, fd, slot) == 0
+        return call("kcmp", source.holder, source.pid, KCMP_EPOLL_TFD, fd, slot) == 0
     except KernelError as error:
         if error.errno == errno.EBADF:
             return False
@@ -162,7 +162,7 @@ def _readiness(source: SourceFile, fd: int, ctx: DumpContext) -> int:
     """The events that the task's ``fd`` is ready for, as poll(2) and epoll(7) call them alike."""
     import select
 
-    task = ctx.tasks.get(source.pid)
+    task = ctx.tasks.get(source.holder)
     if task is None:
         return 0
     poll = select.poll()

@@ -7,6 +7,7 @@ import os
 import stat
 
 from ...errors import Unsupported
+from ...linux import sockets
 from ..base import FileResource, unsupported
 
 TYPE_CHECKING = False
@@ -68,6 +69,20 @@ KNOWN = {
     "anon_inode:dmabuf": ("a buffer shared with a device", _OTHERS),
     "anon_inode:*": ("a kind of file that Torpor does not know", _CLOSE),
 }
+#: Address families of sockets: include/linux/socket.h
+FAMILIES = {
+    2: "an IPv4 socket",
+    10: "an IPv6 socket",
+    16: "a netlink socket",
+    17: "a packet socket",
+    29: "a CAN socket",
+    30: "a TIPC socket",
+    31: "a Bluetooth socket",
+    38: "a socket of the kernel's cryptography (AF_ALG)",
+    40: "a socket between a virtual machine and its host (AF_VSOCK)",
+    44: "an AF_XDP socket",
+}
+
 #: Devices whose open descriptions hold state that nobody but the driver can see: (major, minor or
 # -1 for all) → name. : Documentation/admin-guide/devices.txt
 DEVICES = {
@@ -115,11 +130,9 @@ class Refused(FileResource):
 def reason(source: SourceFile) -> Unsupported:
     """Why a description that nobody takes cannot be dumped."""
     if stat.S_ISSOCK(source.stat.st_mode):
-        return unsupported(
-            source,
-            "sockets are not supported yet",
-            hint="close it before the dump; sockets come with a later version",
-        )
+        number = sockets.family(source.borrow()) if source.link.startswith("socket:[") else 0
+        what = FAMILIES.get(number, f"a socket of address family {number}")
+        return unsupported(source, f"{what}: sockets of this kind are not supported yet", hint=_CLOSE)
     if stat.S_ISCHR(source.stat.st_mode):
         return _device(source)
     for pattern, (what, hint) in KNOWN.items():

@@ -252,9 +252,7 @@ def _settings(fd: int, entry: Message) -> None:
     entry.termios.CopyFrom(tty.termios(fd).entry())
     entry.termios_locked.CopyFrom(tty.termios_locked(fd).entry())
     rows, columns, width, height = tty.winsize(fd)
-    entry.winsize.CopyFrom(
-        pb.winsize_entry(ws_row=rows, ws_col=columns, ws_xpixel=width, ws_ypixel=height)
-    )
+    entry.winsize.CopyFrom(pb.winsize_entry(ws_row=rows, ws_col=columns, ws_xpixel=width, ws_ypixel=height))
 
 
 def _behind_ctty(source: SourceFile, fd: int, kind: Kind) -> Kind:
@@ -354,9 +352,7 @@ def _ends(pair: Pair, ctx: DumpContext) -> list[End]:
         if not pair.slave_info:
             _add_slave_info(pair, slave, ctx)
         elif os.fstat(slave).st_dev != os.fstat(pair.slave).st_dev:
-            raise Unsupported(
-                f"there are two terminals /dev/pts/{pair.index}, of different mounts of devpts"
-            )
+            raise Unsupported(f"there are two terminals /dev/pts/{pair.index}, of different mounts of devpts")
         # Part of a line is not seen before it is read.
         if tty.termios(slave).lflag & tty.ICANON or readable(slave):
             found.append(End(pair.slave_info, slave, pair.master, False))
@@ -424,9 +420,7 @@ def emit_foreground(pid: int, program: Program, ctx: BuildContext) -> None:
     if fd >= 0 and group:
         # A group that has ended by now, in images of CRIU, leaves the leader's in the foreground.
         gone = (errno.ESRCH, errno.EPERM)
-        program.call(
-            "ioctl", fd, tty.TIOCSPGRP, struct.pack("<i", group), may_fail=gone, why="foreground"
-        )
+        program.call("ioctl", fd, tty.TIOCSPGRP, struct.pack("<i", group), may_fail=gone, why="foreground")
 
 
 RESOURCE = Tty()

@@ -24,6 +24,8 @@ from ..base import FileResource, unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ...images.schema import Message
     from ..base import BuildContext, DumpContext, SourceFile
 
@@ -74,14 +76,14 @@ class Unix(FileResource):
         if not dumped:
             ctx.memo.setdefault("after_files", []).append(lambda: _finish(ctx))
         dumped[sock.ino] = sock
-        if sock.state != LISTEN:
+        if sock.state == ESTABLISHED or sock.type == SOCK_DGRAM:
             ended = bool(sock.shutdown & _SHUT_READING)
-            unix_queue.dump(fd, sock.type, ended, source.id, ctx)
+            unix_queue.dump(source, sock.type, ended, ctx)
         return entry
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         made: dict[int, int] = ctx.once(("unix sockets",), lambda: unix_build.make_all(ctx, Unix.FD_TYPE))
-        return made.pop(entry.id)
+        return os.dup(made[entry.id])
 
 
 # ---------------------------------------------------------------------- dump
@@ -240,16 +242,17 @@ def _dump_connecting(cred: Message, sock: UnixSocket, source: SourceFile) -> Non
 
 def _held_by(ctx: DumpContext, ino: int) -> bool:
     """May a task of the tree hold the socket? Asked before anything stands still."""
-    held = ctx.memo.get(("unix held",))
-    if held is None:
-        held = ctx.memo[("unix held",)] = _held(ctx.memo.get("pids", ()))
-    return held is True or ino in held or ino in _accepting(ctx)
+    key = ("unix held",)
+    if key not in ctx.memo:
+        ctx.memo[key] = _held(ctx.memo.get("pids", ()))
+    held: set[int] | None = ctx.memo[key]
+    return held is None or ino in held or ino in _accepting(ctx)
 
 
-def _held(pids: object) -> set[int] | bool:
-    """Inodes of all sockets that the processes have open; True if others are in flight and nobody knows."""
+def _held(pids: Iterable[int]) -> set[int] | None:
+    """Inodes of all sockets that the processes have open; None if others are in flight and nobody knows."""
     found: set[int] = set()
-    for pid in pids:  # type: ignore[attr-defined]
+    for pid in pids:
         try:
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 link = os.readlink(f"/proc/{pid}/fd/{fd}")
@@ -258,10 +261,10 @@ def _held(pids: object) -> set[int] | bool:
                 found.add(int(link[8:-1]))
                 info = read(pid, f"fdinfo/{fd}")
                 if b"scm_fds:" in info and b"scm_fds:\t0\n" not in info and b"scm_fds: 0\n" not in info:
-                    return True
+                    return None
         except OSError:
             continue
-    return found or True
+    return found or None
 
 
 def _finish(ctx: DumpContext) -> None:

@@ -74,9 +74,7 @@ class SysvShared(MappingResource):
         if key not in ctx.memo:
             ctx.memo[key] = True
             with doing(f"System V shared memory {vma.inode}"):
-                _write_segment(
-                    vma.inode, f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}", ctx
-                )
+                _write_segment(vma.inode, f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}", ctx)
 
     def restores(self, entry: Message) -> bool:
         return bool(entry.status & VMA_SYSVIPC)
@@ -94,9 +92,7 @@ class SysvShared(MappingResource):
         parts = [
             other
             for other in ctx.memo["mm"].vmas
-            if self.restores(other)
-            and other.shmid == entry.shmid
-            and other.start - other.pgoff == base
+            if self.restores(other) and other.shmid == entry.shmid and other.start - other.pgoff == base
         ]
         granted = _granted(parts)
         if entry.start == parts[0].start:
@@ -114,10 +110,7 @@ class SysvShared(MappingResource):
 
 def _granted(parts: list[Message]) -> int:
     """The protection with which the segment is attached: what any part of it needs."""
-    writable = any(
-        part.fdflags == os.O_RDWR if part.HasField("fdflags") else part.prot & PROT_WRITE
-        for part in parts
-    )
+    writable = any(part.fdflags == os.O_RDWR if part.HasField("fdflags") else part.prot & PROT_WRITE for part in parts)
     executable = any(part.prot & PROT_EXEC for part in parts)
     return PROT_READ | (PROT_WRITE if writable else 0) | (PROT_EXEC if executable else 0)
 
@@ -130,9 +123,7 @@ def _holes(base: int, end: int, parts: list[Message]) -> list[tuple[int, int]]:
             found.append((base, part.start))
         base = part.end
     if base > end:
-        raise ImageError(
-            "mm", f"mapping {parts[-1].start:x}", "it reaches beyond the end of its segment"
-        )
+        raise ImageError("mm", f"mapping {parts[-1].start:x}", "it reaches beyond the end of its segment")
     return [*found, (base, end)] if base < end else found
 
 
@@ -181,7 +172,7 @@ def _write_segment(shmid: int, link: str, ctx: DumpContext) -> None:
             cgid=row.cgid,
             mode=row.perms,
             id=shmid,
-        )  # fmt: skip
+        )
     )
     # The link leads to the file behind the segment, which is read without being attached.
     fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
@@ -229,9 +220,7 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
         return size
     key = entry.desc.key
     if key and any(row.key & 0xFFFFFFFF == key for row in rows):
-        raise Unsupported(
-            f"another segment has its key {key:#x}", hint=f"remove it: ipcrm -M {key:#x}"
-        )
+        raise Unsupported(f"another segment has its key {key:#x}", hint=f"remove it: ipcrm -M {key:#x}")
     _create(entry)
     ctx.undo.add(f"remove segment {shmid}", lambda: call("shmctl", shmid, IPC_RMID, None))
     _set_owner(entry.desc)
@@ -239,9 +228,7 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
         call("shmctl", shmid, SHM_LOCK, None)
     _fill(shmid, size, ctx, empty_first=False)
     if entry.desc.mode & SHM_DEST:  # removed already: it lasts as long as somebody is attached
-        ctx.memo.setdefault("after_mappings", []).append(
-            lambda: call("shmctl", shmid, IPC_RMID, None)
-        )
+        ctx.memo.setdefault("after_mappings", []).append(lambda: call("shmctl", shmid, IPC_RMID, None))
     return size
 
 
@@ -257,9 +244,7 @@ def _create(entry: Message) -> None:
             return
         # Somebody else's shmget(2) came in between, or the slot is occupied.
         call("shmctl", number, IPC_RMID, None)
-    raise Unsupported(
-        "its identifier cannot be had", hint="another segment may be in its slot: ipcs -m"
-    )
+    raise Unsupported("its identifier cannot be had", hint="another segment may be in its slot: ipcs -m")
 
 
 def _as(uid: int, gid: int, key: int, size: int, flags: int) -> int:
@@ -281,7 +266,7 @@ def _set_owner(desc: Message) -> None:
     area = buffer(_STAT_BYTES)
     call("shmctl", desc.id, IPC_STAT, area)
     for at, value in ((_UID, desc.uid), (_GID, desc.gid), (_MODE, desc.mode & 0o777)):
-        area[at : at + 4] = struct.pack("<I", value)
+        struct.pack_into("<I", area, at, value)
     call("shmctl", desc.id, IPC_SET, area)
 
 
