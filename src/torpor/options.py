@@ -488,7 +488,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
            "accepted; there is one log"),
         _O("display-stats", "", "", "display_stats", "switch", "display_stats", _DR,
            "print the statistics at the end"),
-        _O("explain", "", "", "explain", "switch", "", _R,
+        _O("explain", "", "", "explain", "switch", "", _DR,
            "print the system calls that each task would do, and do nothing"),
         _O("json", "", "", "json", "switch", "", "dump restore check",
            "print the result as JSON"),

@@ -88,7 +88,8 @@ int main(void)
 
 
 def test_eventfd_timerfd_signalfd_epoll(survives: Survives) -> None:
-    survives(NOTIFIERS)
+    # Expirations that nobody has read show in fdinfo only when somebody asks for them, which a dump does.
+    survives(NOTIFIERS, ignore=("*/fds/*/ticks",))
 
 
 SEMAPHORE = """

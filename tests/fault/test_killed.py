@@ -169,17 +169,17 @@ def test_a_killed_dump_does_no_harm(start: Targets, images: str, name: str) -> N
     folder = f"{images}/snapshot"
 
     def dump() -> None:
-        os.mkdir(folder)
         torpor.dump(target.pid, folder, leave_running=True)
 
     # In this process once: from here on, nothing has to be imported or looked up for the first time.
+    os.mkdir(folder)
     dump()
-    shutil.rmtree(folder)
     before = observe_tree(target.pid)
     seconds = duration(dump)
     killed = 0
     for _ in range(campaign_size(60) // len(TARGETS)):
         shutil.rmtree(folder)
+        os.mkdir(folder)
         killed += kill_in_the_middle(dump, seconds * 1.1, dice)
         wait_until(
             f"nothing has changed after {killed} kills: {diff(before, observe_tree(target.pid))}",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 from torpor.errors import KernelError
 from torpor.linux import call as gate
+
+PTRACE_DETACH = 17
 
 
 class Faults:
@@ -23,9 +26,13 @@ class Faults:
         self.hit = ""
 
     def __call__(self, name: str) -> None:
+        # The gate tells the name alone; what the call is about stands in its frame.
+        args = sys._getframe(1).f_locals.get("args", ())
+        if name == "ptrace" and args[0] == PTRACE_DETACH:
+            return  # cannot fail but for a task that is gone (kernel/ptrace.c)
         self.calls += 1
         if self.calls == self.nth:
-            self.hit = name
+            self.hit = f"{name}{tuple(arg for arg in args if isinstance(arg, int))}"
             raise KernelError(name, self.number)
 
     def __enter__(self) -> Faults:

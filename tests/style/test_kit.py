@@ -118,7 +118,7 @@ def test_for_every_call_fails_each_once() -> None:
         done.append(sum(call("getpid") > 0 for _ in range(3)))
 
     outcomes = list(for_every_call(three_calls, number=errno.EIO))
-    assert [faults.hit for faults, _ in outcomes] == ["getpid"] * 3
+    assert [faults.hit for faults, _ in outcomes] == ["getpid()"] * 3
     assert all(isinstance(e, KernelError) and e.errno == errno.EIO for _, e in outcomes)
     assert done == [3]
 

@@ -43,6 +43,12 @@ def main(words: list[str]) -> int:
         raise UsageError("dump takes one process id: torpor dump PID -D DIR")
     options.pid = pid_of(others[0])
     options.validate("dump")
+    if options.explain:
+        from ..engine.dump import explain
+
+        for line in explain(options.pid, options.freeze()):
+            out(f"{line}\n")
+        return 0
     settle_paths(options, "dump.log")
     os.makedirs(options.images_dir, mode=0o700, exist_ok=True)
     os.makedirs(options.work_dir, mode=0o700, exist_ok=True)

@@ -14,7 +14,7 @@ from ..proc import smaps as proc_smaps
 from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import numbers, read
-from ..remote.tracee import Seized
+from ..remote.tracee import Seized, Stop
 from ..resources.task import rseq
 
 TYPE_CHECKING = False
@@ -114,6 +114,17 @@ def _freeze_process(pid: int, ppid: int, tasks: dict[int, SourceTask], seized: S
             tasks[pid] = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")))
         except TaskGone:
             log.debug(f"task {pid} ended while the tree was being stopped")
+
+
+def running(pid: int, ppid: int) -> SourceTask:
+    """A task that was not stopped, as far as it can be seen so: without registers and signal masks."""
+    stat, status = proc_stat.parse(read(pid, "stat")), proc_status.parse(read(pid, "status"))
+    task = SourceTask(pid, ppid, stat, status)
+    tids = numbers(pid, "task")
+    for tid in sorted(tids, key=lambda tid: tid != pid):
+        status = proc_status.parse(read(pid, f"task/{tid}/status"))
+        task.threads.append(SourceThread(task, tid, stat, status, Stop(0)))
+    return task
 
 
 def proc_alive_threads(pid: int, tids: list[int]) -> bool:

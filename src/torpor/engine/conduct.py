@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 
-from ..errors import KernelError, TaskGone, TorporError, Unsupported
+from ..errors import KernelError, TaskGone, TorporError, Unsupported, doing
 from ..linux import ptrace
 from ..linux.call import call
 from ..linux.nr import NR
@@ -238,8 +238,10 @@ class Conductor:
     def _set_state(self, thread: RestoredThread, cpu: Any) -> None:
         tid = thread.tid
         template = ptrace.get_xstate(tid)
-        ptrace.set_xstate(tid, cpu.restore_fpu(thread.core.thread_info.fpregs, template, thread.image))
-        ptrace.set_regs(tid, cpu.restored_regs(thread.core, thread.image))
+        with doing(f"{thread.image}: thread_info.fpregs"):
+            ptrace.set_xstate(tid, cpu.restore_fpu(thread.core.thread_info.fpregs, template, thread.image))
+        with doing(f"{thread.image}: thread_info.gpregs"):
+            ptrace.set_regs(tid, cpu.restored_regs(thread.core, thread.image))
         main = thread.tid == thread.task.pid
         mask = thread.core.tc.blk_sigset if main else thread.core.thread_core.blk_sigset
         ptrace.set_sigmask(tid, mask & ALL_SIGNALS)

@@ -29,6 +29,7 @@ from .dump_memory import MemoryDumper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from ..images.schema import Message
@@ -73,6 +74,7 @@ def dump(pid: int, options: Options) -> DumpResult:
             with ImageWriter(directory) as writer:
                 _Dump(pid, options, writer, result).run()
     result.total_s = time.monotonic() - started
+    log.info("Dumping finished successfully")
     return result
 
 
@@ -339,3 +341,27 @@ def _await_end(tid: int, *, leave: bool) -> None:
 
 
 
+
+
+def explain(pid: int, options: Options) -> Iterator[str]:
+    """What dump() would do to the tree, a line a step, without doing it: nothing is stopped."""
+    with doing("dump"):
+        preflight.check_target(pid)
+        preflight.check_tree(pid, options)
+        for one, (parent, stat) in collect.look(pid).items():
+            if stat.state in "ZX":
+                yield f"task {one}: has ended: its exit status is stored"
+                continue
+            task = collect.running(one, parent)
+            tids = [thread.tid for thread in task.threads]
+            yield f"task {one}: ptrace seize and interrupt {len(tids)} threads: {', '.join(map(str, tids))}"
+            for thread in task.threads:
+                program = Program(f"getters of {thread.tid}")
+                for kind in resources.task_resources():
+                    if thread.tid == one or kind.PER == "thread":
+                        kind.ask(program, thread)
+                yield f"thread {thread.tid} itself runs, in memory of its own for the moment:"
+                yield from (f"  {line}" for line in program.explain())
+            yield f"task {one}: read {len(preflight.quick_mappings(one))} mappings and the pages in them"
+        yield f"write the images to {options.images_dir}"
+        yield "let the tree go on" if options.leave_running else "kill the tree"

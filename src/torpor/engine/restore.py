@@ -73,6 +73,7 @@ def restore(options: Options) -> RestoreResult:
             raise
         finally:
             work.close()
+    log.info("Restore finished successfully. Tasks resumed.")
     return RestoreResult(work.root_pid, pids, time.monotonic() - started)
 
 

@@ -198,7 +198,7 @@ def _dump_relations(entry: Message, sock: UnixSocket, source: SourceFile, ctx: D
     if _is_pending(sock, ctx):
         listener = _accepting(ctx)[sock.ino]
         entry.peer = listener.ino
-        _dump_connecting(entry.peer_cred, sock, source)
+        _dump_connecting(entry.peer_cred, source)
         return
     fd = source.borrow()
     _dump_peer_cred(entry, fd)
@@ -227,13 +227,10 @@ def _dump_peer_cred(entry: Message, fd: int) -> None:
     entry.peer_cred.groups.extend(struct.unpack(f"={len(groups) // 4}I", groups))
 
 
-def _dump_connecting(cred: Message, sock: UnixSocket, source: SourceFile) -> None:
+def _dump_connecting(cred: Message, source: SourceFile) -> None:
     """Whom the one who accepts will see: the task that has connected, which is one that holds the socket."""
-    if source.pid == os.getpid():
-        cred.pid, cred.uid, cred.gid = 0, sock.uid, _NOBODY
-        return
-    status = proc_status.parse(read(source.pid, "status"))
-    cred.pid, cred.uid, cred.gid = source.pid, status.Uid[1], status.Gid[1]
+    status = proc_status.parse(read(source.holder, "status"))
+    cred.pid, cred.uid, cred.gid = source.holder, status.Uid[1], status.Gid[1]
     cred.groups.extend(status.Groups)
 
 

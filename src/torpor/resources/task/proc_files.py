@@ -5,9 +5,11 @@ Image: task_core_entry.oom_score_adj, loginuid; coredump_filter is ours.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from ... import log
+from ...errors import ImageError
 from ...proc.read import open_file, read
 from ...proc.scalars import (
     LOGINUID_UNSET,
@@ -48,15 +50,15 @@ class ProcFiles(TaskResource):
     def outside(self, task: Any, core: Message, ctx: BuildContext) -> None:
         """Write the files of the restored task; one that we may not write stays, with a warning."""
         if core.tc.HasField("oom_score_adj"):
-            _write(task.live_pid, "oom_score_adj", core.tc.oom_score_adj, parse_oom_score_adj)
+            _write(task, "oom_score_adj", core.tc.oom_score_adj, parse_oom_score_adj)
         wanted = core.tc.coredump_filter or COREDUMP_FILTER_DEFAULT
-        _write(task.live_pid, "coredump_filter", wanted, parse_coredump_filter)
+        _write(task, "coredump_filter", wanted, parse_coredump_filter)
         if core.tc.HasField("loginuid"):
             wanted = core.tc.loginuid
             # Only a task itself may do that, and mostly once (audit_loginuid_immutable): it has
             # ours then.
             _write(
-                task.live_pid,
+                task,
                 "loginuid",
                 None if wanted == LOGINUID_UNSET else wanted,
                 parse_loginuid,
@@ -70,7 +72,8 @@ def _read_if_there(pid: int, name: str) -> bytes | None:
         return None
 
 
-def _write(pid: int, name: str, value: int | None, parse: Any) -> None:
+def _write(task: Any, name: str, value: int | None, parse: Any) -> None:
+    pid = task.live_pid
     present = _read_if_there(pid, name)
     if present is None or parse(present) == value:
         return
@@ -79,6 +82,12 @@ def _write(pid: int, name: str, value: int | None, parse: Any) -> None:
         fd = open_file(pid, name, os.O_WRONLY)
         try:
             os.write(fd, text)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise ImageError(
+                f"core-{task.pid}.img", f"tc.{name}", f"the kernel does not take {value}"
+            ) from None
         finally:
             os.close(fd)
     except PermissionError as error:
