@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from torpor.errors import KernelError
 from torpor.linux import call as gate
 
-PTRACE_DETACH = 17
+PTRACE_DETACH, PTRACE_INTERRUPT = 17, 0x4207
 
 
 class Faults:
@@ -28,8 +28,8 @@ class Faults:
     def __call__(self, name: str) -> None:
         # The gate tells the name alone; what the call is about stands in its frame.
         args = sys._getframe(1).f_locals.get("args", ())
-        if name == "ptrace" and args[0] == PTRACE_DETACH:
-            return  # cannot fail but for a task that is gone (kernel/ptrace.c)
+        if name == "ptrace" and args[0] in (PTRACE_DETACH, PTRACE_INTERRUPT):
+            return  # fail only for a task that is gone (kernel/ptrace.c)
         self.calls += 1
         if self.calls == self.nth:
             self.hit = f"{name}{tuple(arg for arg in args if isinstance(arg, int))}"
@@ -69,11 +69,14 @@ def for_every_call(
 
 
 class OsFaults:
-    """The same for calls that go through :mod:`os`: fails call number ``nth`` of ``NAMES``."""
+    """The same for calls that go through :mod:`os`: fails call number ``nth`` of ``NAMES``.
+
+    Left out is what cannot fail for a reason that the caller has no part in: close, waitpid.
+    """
 
     NAMES = (
         "open", "read", "write", "pread", "pwrite", "preadv", "pwritev", "readv", "writev", "dup2",
-        "ftruncate", "fstat", "memfd_create", "waitpid", "kill", "pidfd_open", "copy_file_range",
+        "ftruncate", "fstat", "memfd_create", "kill", "pidfd_open", "copy_file_range",
         "sendfile", "posix_fallocate", "link", "unlink", "mkfifo", "mknod", "pipe2", "eventfd",
         "lseek", "rename", "mkdir",
     )  # fmt: skip

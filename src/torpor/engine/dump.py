@@ -5,12 +5,13 @@ Nothing is changed in the tasks but what `remote/guest.py` says, and everything 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 
 from .. import log, resources
-from ..errors import UsageError, doing
+from ..errors import KernelError, UsageError, doing
 from ..images import schema as pb
 from ..images.store import ImageWriter
 from ..linux import ptrace
@@ -359,7 +360,8 @@ def explain(pid: int, options: Options) -> Iterator[str]:
                 program = Program(f"getters of {thread.tid}")
                 for kind in resources.task_resources():
                     if thread.tid == one or kind.PER == "thread":
-                        kind.ask(program, thread)
+                        with contextlib.suppress(KernelError):  # some look at it by ptrace, and it is not stopped
+                            kind.ask(program, thread)
                 yield f"thread {thread.tid} itself runs, in memory of its own for the moment:"
                 yield from (f"  {line}" for line in program.explain())
             yield f"task {one}: read {len(preflight.quick_mappings(one))} mappings and the pages in them"

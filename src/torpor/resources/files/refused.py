@@ -31,8 +31,6 @@ KNOWN = {
         "io_uring: requests may be under way that cannot be seen from outside",
         _OTHERS,
     ),
-    "anon_inode:inotify": ("inotify watches are not supported yet", _CLOSE),
-    "anon_inode:[fanotify]": ("fanotify marks are not supported yet", _CLOSE),
     "anon_inode:[userfaultfd]": (
         "userfaultfd: the ranges that it serves are not supported yet",
         _CLOSE,

@@ -26,8 +26,7 @@ class SyscallDispatch(TaskResource):
     PER = "thread"
 
     def ask(self, program: Program, thread: Any) -> None:
-        # Asked before anything runs in the thread; one that is only looked at (--explain) is not stopped.
-        if thread.stop.event and ptrace.syscall_user_dispatch(thread.tid)[0]:
+        if ptrace.syscall_user_dispatch(thread.tid)[0]:
             raise Unsupported(f"thread {thread.tid} uses syscall user dispatch")
 
     def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:

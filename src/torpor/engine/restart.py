@@ -1,0 +1,401 @@
+"""System calls that a dump interrupts: they go on afterwards, and wait for as long as was left of them.
+
+A stopped thread shows in its registers how the kernel means to go on with its call (include/linux/errno.h, the end of
+arch/x86/kernel/signal.c, arch_do_signal_or_restart()). Restored threads get the same registers, so that the kernel decides by its own rules, as
+when a signal is pending: EINTR if a handler runs, else the call is made again. Three kinds need more:
+
+* ERESTART_RESTARTBLOCK, relative sleeps, poll and timed futex waits: the deadline lies in the kernel alone, in
+  task_struct.restart_block. It is read from there by BPF. A restored thread makes the call with what was left and is
+  interrupted at once, which has the kernel write a new restart block; then it goes on by restart_syscall(2), as before.
+  Times in the images are what is left, so that the time between dump and restore does not count.
+* EINTR from a call that was interrupted by our stop alone and would have given it for a stop by any debugger (signal(7)
+  lists them). It has done nothing yet, and is made again as if it had said ERESTARTNOHAND. With a signal
+  pending that will be acted on, or after a stop by job control, the EINTR is not of our making and stays.
+* Of those, epoll_wait(2) and epoll_pwait(2) get what is left as their argument, since a program that is dumped
+  again and again would never see its time run out. When they began to sleep tells their timer on the kernel's stack,
+  which is looked at before the stop. The fourth argument's register, %r10, is therefore not what it was; no function's
+  caller may rely on it. Calls whose time lies in memory (rt_sigtimedwait, semtimedop, epoll_pwait2, io_getevents) are
+  made again with the whole of it: the memory may be a constant of the program, used again and again.
+
+Where BPF is refused the calls of the first kind find what was left where they were told to leave it (nanosleep's second argument), or are made again with
+their whole time. select, pselect6 and ppoll have written what is left over their argument themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+
+from .. import log
+from ..errors import ImageError, KernelError, TaskGone, Unsupported
+from ..linux import bpf, btf, ptrace
+from ..linux.nr import NR
+from ..proc import status as proc_status
+from ..proc.read import numbers, read
+from ..remote import machine
+from ..remote.guest import ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, interrupted_call
+from ..remote.tracee import SIGTRAP, wait_stop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..images.schema import Message
+    from ..linux.ptrace import user_regs_struct
+    from ..model.source import SourceThread
+    from ..remote.stub import Arena
+
+EINTR = 4
+NO_CALL = (1 << 64) - 1
+CODES = (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK)
+CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_TAI, TIMER_ABSTIME = 1, 7, 11, 1
+FUTEX_WAIT, FUTEX_WAIT_BITSET, FUTEX_CMD_MASK = 0, 9, 0x7F
+IGNORED_BY_DEFAULT = (17, 18, 23, 28)  # SIGCHLD SIGCONT SIGURG SIGWINCH
+
+SLEEPS = (NR["nanosleep"], NR["clock_nanosleep"])
+EPOLLS = (NR["epoll_wait"], NR["epoll_pwait"])
+#: Calls that answer EINTR to a stop although they have done nothing.
+REPEATABLE = {
+    NR[name]
+    for name in (
+        "epoll_wait epoll_pwait epoll_pwait2 rt_sigtimedwait semop semtimedop io_getevents io_pgetevents select pselect6 "
+        "ppoll recvfrom recvmsg recvmmsg sendto sendmsg sendmmsg accept accept4 connect read readv pread64 preadv "
+        "preadv2 write writev pwrite64 pwritev pwritev2"
+    ).split()
+}
+
+
+class Interrupted:
+    """A call to go on with: its number, the ERESTART* code, and for ERESTART_RESTARTBLOCK what is left, by which clock."""
+
+    __slots__ = ("clock", "code", "left_ns", "number")
+
+    def __init__(self, number: int, code: int) -> None:
+        self.number = number
+        self.code = code
+        self.left_ns = 0
+        self.clock = CLOCK_MONOTONIC
+
+
+# ------------------------------------------------------------------------------------------ dump
+
+
+class Restarts:
+    """What one dump learns about the calls that it interrupts."""
+
+    def __init__(self) -> None:
+        self._reader: _WaitReader | None = None
+        self._refused = False
+        #: Thread in epoll_wait → (its voluntary switches, when its time is over by our CLOCK_MONOTONIC).
+        self._seen: dict[int, tuple[int, int]] = {}
+        self._calls: dict[int, Interrupted] = {}
+
+    def look(self, pids: Iterable[int]) -> None:
+        """Before the tree is stopped: find out what cannot be seen any more afterwards, and get ready to read the rest."""
+        for pid in pids:
+            try:
+                for tid in numbers(pid, "task"):
+                    number, *args = _current_call(read(pid, f"task/{tid}/syscall"))
+                    if _waits_for_a_while(number, args):
+                        self._wait_of(tid, number)
+            except (TaskGone, OSError):
+                continue  # it ended, or is not to be looked at
+
+    def _wait_of(self, tid: int, number: int) -> None:
+        reader = self._get_reader()
+        if reader is None or number not in EPOLLS:
+            return
+        wait = reader.read(tid)
+        if wait is not None and wait.deadline:
+            self._seen[tid] = wait.switches, wait.deadline - wait.record.monotonic + time.monotonic_ns()
+
+    def _get_reader(self) -> _WaitReader | None:
+        if self._reader is None and not self._refused:
+            try:
+                self._reader = _WaitReader()
+            except (KernelError, Unsupported) as error:
+                log.info(f"interrupted calls: what is left of them cannot be read: {error}")
+                self._refused = True
+        return self._reader
+
+    def close(self) -> None:
+        """Give back what was needed for reading."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def settle(self, thread: SourceThread) -> None:
+        """Look at a stopped thread before anything runs in it; may change ``thread.regs``, which it will go on with."""
+        regs = thread.regs
+        if regs.ax == _error(EINTR) and regs.orig_ax in REPEATABLE and not _will_act_on_a_signal(thread):
+            regs.ax = _error(ERESTARTNOHAND)
+            if regs.orig_ax in EPOLLS:
+                self._shorten(thread)
+        code = interrupted_call(regs)
+        if not code:
+            return
+        interrupted = Interrupted(regs.orig_ax, code)
+        if code == ERESTART_RESTARTBLOCK:
+            self._measure(thread, interrupted)
+        if interrupted.number != NR["restart_syscall"]:
+            self._calls[thread.tid] = interrupted
+
+    def _shorten(self, thread: SourceThread) -> None:
+        """Have an epoll_wait made again with what is left, if it is the one that was seen."""
+        seen = self._seen.get(thread.tid)
+        if seen is None:
+            return
+        status = proc_status.parse(read(thread.task.pid, f"task/{thread.tid}/status"))
+        switches = int(status.line("voluntary_ctxt_switches") or 0)
+        if switches == seen[0] + 1:  # the one more is into the stop
+            left_ms = -(-max(0, seen[1] - time.monotonic_ns()) // 1_000_000)
+            thread.regs.r10 = min(left_ms, thread.regs.r10 & 0x7FFFFFFF)
+
+    def _measure(self, thread: SourceThread, interrupted: Interrupted) -> None:
+        """Fill in what a restart block says; without that the call is to be made again as it was."""
+        reader = self._get_reader()
+        wait = reader.read(thread.tid) if reader is not None else None
+        interrupted.code = ERESTARTNOHAND
+        if wait is not None:
+            wait.explain(thread.regs, interrupted)
+        elif interrupted.number in SLEEPS:
+            rest = thread.regs.si if interrupted.number == NR["nanosleep"] else thread.regs.r10
+            if rest:  # the kernel has written there what is left; if it could not, there would be no restart
+                seconds, nanoseconds = struct.unpack("<qq", os.pread(thread.task.mem_fd, 16, rest))
+                interrupted.left_ns = seconds * 1_000_000_000 + nanoseconds
+                interrupted.clock = CLOCK_MONOTONIC if interrupted.number == NR["nanosleep"] else thread.regs.di
+                interrupted.code = ERESTART_RESTARTBLOCK
+
+    def dump(self, thread: SourceThread, core: Message) -> user_regs_struct:
+        """Fill in thread_core.interrupted; returns the registers for readers who do not know it: stepped back onto the call."""
+        regs = thread.regs.copy()
+        interrupted = self._calls.get(thread.tid)
+        if interrupted is None:
+            if interrupted_call(regs):
+                regs.ax = _error(EINTR)
+            return regs
+        regs.ax = interrupted.number
+        regs.ip -= 2
+        entry = core.thread_core.interrupted
+        entry.call = interrupted.number
+        entry.code = interrupted.code
+        if interrupted.code == ERESTART_RESTARTBLOCK:
+            entry.left_ns = interrupted.left_ns
+            entry.clock = interrupted.clock
+        return regs
+
+
+def _error(number: int) -> int:
+    return (1 << 64) - number
+
+
+def _current_call(text: bytes) -> list[int]:
+    """The number and the six arguments in /proc/PID/syscall; [-1] for a task that runs or waits for something else."""
+    words = text.split()
+    return [int(word, 0) for word in words[:7]] if len(words) >= 9 else [-1]
+
+
+def _waits_for_a_while(number: int, args: list[int]) -> bool:
+    """Is it a wait with an end, of which nothing but the kernel knows when that is?"""
+    if number == NR["nanosleep"] or number == NR["restart_syscall"]:
+        return True
+    if number == NR["clock_nanosleep"]:
+        return not args[1] & TIMER_ABSTIME
+    if number == NR["futex"]:
+        return args[1] & FUTEX_CMD_MASK == FUTEX_WAIT and args[3] != 0
+    if number == NR["poll"]:
+        return 0 < args[2] & 0xFFFFFFFF < 1 << 31
+    return number in EPOLLS and 0 < args[3] & 0xFFFFFFFF < 1 << 31
+
+
+def _will_act_on_a_signal(thread: SourceThread) -> bool:
+    """Is there a reason for EINTR other than us: a signal that is neither blocked nor ignored, or job control?"""
+    if thread.stop.by_group:
+        return True
+    status = thread.status
+    pending = (status.SigPnd | status.ShdPnd) & ~status.SigBlk & ~status.SigIgn
+    for number in IGNORED_BY_DEFAULT:
+        if not status.SigCgt >> (number - 1) & 1:
+            pending &= ~(1 << (number - 1))
+    return bool(pending)
+
+
+class _WaitReader:
+    """Reads what the kernel knows about a thread's wait."""
+
+    QUESTIONS = {
+        "iterator": "bpf_iter_task()",
+        "block": "task_struct.restart_block",
+        "stack": "task_struct.thread.sp",
+        "switches": "task_struct.nvcsw",
+        "uaddr": "restart_block.futex.uaddr",
+        "val": "restart_block.futex.val",
+        "ufds": "restart_block.poll.ufds",
+        "nfds": "restart_block.poll.nfds",
+        "has_timeout": "restart_block.poll.has_timeout",
+        "tv_sec": "restart_block.poll.tv_sec",
+        "tv_nsec": "restart_block.poll.tv_nsec",
+        "time": "restart_block.futex.time",
+        "clockid": "restart_block.nanosleep.clockid",
+        "expires": "restart_block.nanosleep.expires",
+        "timer_task": "hrtimer_sleeper.task",
+        "timer_hard": "hrtimer_sleeper.timer.node.expires",
+        "timer_soft": "hrtimer_sleeper.timer._softexpires",
+        "timer_function": "hrtimer_sleeper.timer.function",
+    }
+    BLOCK_BYTES = 64
+    STACK_BYTES = 1024  # below what the wait's own function has there
+
+    def __init__(self) -> None:
+        answers = btf.lookup(list(self.QUESTIONS.values()))
+        self.at = {name: answers[question] for name, question in self.QUESTIONS.items()}
+        places = [
+            bpf.Place(self.at["block"], self.BLOCK_BYTES),
+            bpf.Place(self.at["switches"], 8),
+            bpf.Place(0, self.STACK_BYTES, through=self.at["stack"]),
+        ]
+        self._tasks = bpf.TaskReader(self.at["iterator"], places)
+
+    def read(self, tid: int) -> _Wait | None:
+        """One thread's wait; None if it cannot be had."""
+        try:
+            record = self._tasks.read(tid)
+        except KernelError as error:
+            log.info(f"thread {tid}: what is left of its call cannot be read: {error}")
+            return None
+        return _Wait(record, self.at) if record is not None else None
+
+    def close(self) -> None:
+        self._tasks.close()
+
+
+class _Wait:
+    """What was read about one thread."""
+
+    def __init__(self, record: bpf.TaskRecord, at: dict[str, int]) -> None:
+        self.record = record
+        self._at = at
+        self._block, switches, stack = record.fields
+        self.switches: int = struct.unpack("<Q", switches)[0]
+        self.deadline = self._find_timer(stack)
+
+    def _find_timer(self, stack: bytes) -> int:
+        """When the struct hrtimer_sleeper on the kernel's stack ends the wait, by CLOCK_MONOTONIC; 0: there is none.
+
+        kernel/time/sleep_timeout.c, schedule_hrtimeout_range_clock()
+        """
+        at = self._at
+        needle = struct.pack("<Q", self.record.address)
+        found = stack.find(needle)
+        while found >= 0:
+            start = found - at["timer_task"]
+            if start >= 0 and not start % 8:
+                hard, soft, function = (
+                    struct.unpack_from("<q", stack, start + at[name])[0]
+                    for name in ("timer_hard", "timer_soft", "timer_function")
+                )
+                slack = hard - soft
+                if function < 0 and 0 < soft and 0 <= slack < 10_000_000_000:  # a kernel address is negative
+                    return int(soft)
+            found = stack.find(needle, found + 1)
+        return 0
+
+    def _value(self, name: str, form: str) -> int:
+        return int(struct.unpack_from(f"<{form}", self._block, self._at[name] - 0)[0])
+
+    def explain(self, regs: user_regs_struct, interrupted: Interrupted) -> None:
+        """Find out which call the restart block is of (a call that was restarted before does not say so any more), and what is left of it."""
+        number = self._number_of(regs)
+        if interrupted.number not in (number, NR["restart_syscall"]):
+            return
+        interrupted.number = number
+        now = self.record.monotonic
+        if number == NR["poll"]:
+            if not self._value("has_timeout", "i"):
+                return
+            deadline = self._value("tv_sec", "q") * 1_000_000_000 + self._value("tv_nsec", "q")
+        elif number == NR["futex"]:
+            if regs.si & FUTEX_CMD_MASK != FUTEX_WAIT:
+                return  # a point in time, which the call made again has as its argument
+            deadline = self._value("time", "Q")
+        else:
+            interrupted.clock = self._value("clockid", "i")
+            deadline = self._value("expires", "Q")
+            if interrupted.clock == CLOCK_BOOTTIME:
+                now = self.record.boottime
+            elif interrupted.clock == CLOCK_TAI:
+                now = time.clock_gettime_ns(CLOCK_TAI)
+            elif interrupted.clock != CLOCK_MONOTONIC:
+                return  # by the time that processors have run for, or by a clock that wakes the machine
+        interrupted.left_ns = max(1, deadline - now)
+        interrupted.code = ERESTART_RESTARTBLOCK
+
+    def _number_of(self, regs: user_regs_struct) -> int:
+        """The block holds arguments of its call, and they are still in the registers."""
+        if regs.orig_ax != NR["restart_syscall"]:
+            return int(regs.orig_ax)
+        if self._value("ufds", "Q") == regs.di and self._value("nfds", "I") == regs.si:
+            return NR["poll"]
+        if self._value("uaddr", "Q") == regs.di and self._value("val", "I") == regs.dx & 0xFFFFFFFF:
+            return NR["futex"]
+        # Only clock_nanosleep's first argument is no address.
+        return NR["nanosleep"] if regs.di > 1 << 12 and regs.di < 1 << 47 else NR["clock_nanosleep"]
+
+
+# --------------------------------------------------------------------------------------- restore
+
+
+def rebuild(tid: int, core: Message, arena: Arena, regs: user_regs_struct) -> bool:
+    """Have the kernel write the restart block of a thread's call; the thread is stopped before and after. Is it done?
+
+    ``regs`` are the thread's own, as in the image; the arena must be mapped.
+    """
+    entry = core.thread_core.interrupted
+    if entry.code != ERESTART_RESTARTBLOCK or not entry.left_ns:
+        return False
+    scratch = arena.base + PAGE  # the programs have been run
+    arena.memory[PAGE : PAGE + 16] = struct.pack("<QQ", *divmod(entry.left_ns, 1_000_000_000))
+    call = ptrace.get_regs(tid)
+    call.ip = arena.code + machine.STUB.index(b"\x0f\x05")
+    call.ax, call.orig_ax = entry.call, NO_CALL
+    call.di, call.si, call.dx, call.r10, call.r8, call.r9 = regs.di, regs.si, regs.dx, regs.r10, regs.r8, regs.r9
+    if entry.call in SLEEPS:
+        rest = regs.si if entry.call == NR["nanosleep"] else regs.r10
+        call.ax, call.di, call.si, call.dx, call.r10 = NR["clock_nanosleep"], entry.clock, 0, scratch, rest
+    elif entry.call == NR["poll"]:
+        call.dx = min(-(-entry.left_ns // 1_000_000), 0x7FFFFFFF)
+    elif entry.call == NR["futex"] and regs.si & FUTEX_CMD_MASK == FUTEX_WAIT:
+        call.r10 = scratch
+    else:
+        return False
+    return _begin(tid, call)
+
+
+PAGE = 4096
+
+
+def _begin(tid: int, call: user_regs_struct) -> bool:
+    """Make a call that has to wait, and interrupt it before it does. Is it to be gone on with by restart_syscall(2)?"""
+    ptrace.set_regs(tid, call)
+    ptrace.resume(tid, request=ptrace.SYSCALL)
+    while wait_stop(tid).signal != SIGTRAP | 0x80:
+        ptrace.resume(tid, request=ptrace.SYSCALL)
+    ptrace.interrupt(tid)
+    ptrace.resume(tid)
+    while wait_stop(tid).event != ptrace.EVENT_STOP:
+        ptrace.resume(tid)
+    return ptrace.get_regs(tid).ax == _error(ERESTART_RESTARTBLOCK)
+
+
+def resume(core: Message, image: str, regs: user_regs_struct, *, rebuilt: bool) -> None:
+    """Set the registers of the image so that the kernel goes on with the interrupted call when the thread is let go."""
+    if not core.thread_core.HasField("interrupted"):
+        return
+    entry = core.thread_core.interrupted
+    if entry.code not in CODES or entry.call != regs.ax or entry.call >= 1 << 31:
+        raise ImageError(image, "thread_core.interrupted", f"call {entry.call}, code {entry.code}")
+    # Without a restart block the call is made again, by the same rule: unless a handler runs.
+    code = ERESTARTNOHAND if entry.code == ERESTART_RESTARTBLOCK and not rebuilt else entry.code
+    regs.ax, regs.orig_ax = _error(code), entry.call
+    regs.ip += 2
