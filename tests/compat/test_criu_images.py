@@ -20,7 +20,6 @@ from collections.abc import Callable
 import pytest
 
 from kit import Command, Library, Peer, Target, Targets, Verbs, assert_same, observe_tree, wait_until
-from kit.files import slurp_text
 
 PEER = os.environ.get("TORPOR_PEER_CRIU", "")
 

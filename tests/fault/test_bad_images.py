@@ -271,7 +271,8 @@ def other_value(field: Any, old: Any, choices: list[int]) -> Any:
 
 Choices = list[int]
 NUMBER = st.integers(0, (1 << 32) - 1)
-CHANGE = st.tuples(st.sampled_from(["bytes", *["field"] * 6, "file", "entry"]), st.lists(NUMBER, min_size=12, max_size=12))
+KIND = st.sampled_from(["bytes", *["field"] * 6, "file", "entry"])
+CHANGE = st.tuples(KIND, st.lists(NUMBER, min_size=12, max_size=12))
 
 
 def change(good: GoodSet, files: dict[str, bytes], kind: str, numbers: Choices) -> str:
@@ -353,23 +354,28 @@ def try_restore(good: GoodSet, files: dict[str, bytes], what: list[str]) -> str:
         places = (folder, good.target.folder)
         before, listed = host_state(*places), outside(good)
         started = time.monotonic()
-        text = ""
         try:
-            torpor.restore(folder)
-        except TorporError as error:
-            text = str(error)
-            if isinstance(error, ImageError):
-                assert error.image.endswith(".img") or error.image == "parent", (what, text)
-            after = host_state(*places)
-        else:
-            end_descendants(keep)
+            error = refusal(folder)
+            if error is None:
+                end_descendants(keep)
             after = host_state(*places)
         finally:
             end_descendants(keep)
         assert time.monotonic() - started < HANGS_AFTER_S, what
-        assert not diff(before, after), (what, text, diff(before, after))
-        assert outside(good) == listed, (what, text)
-    return text
+        assert not diff(before, after), (what, str(error), diff(before, after))
+        assert outside(good) == listed, (what, str(error))
+    if isinstance(error, ImageError):
+        assert error.image.endswith(".img") or error.image == "parent", (what, str(error))
+    return "" if error is None else str(error)
+
+
+def refusal(folder: str) -> TorporError | None:
+    """Restore; the error if that was refused."""
+    try:
+        torpor.restore(folder)
+    except TorporError as error:
+        return error
+    return None
 
 
 def outside(good: GoodSet) -> list[object]:

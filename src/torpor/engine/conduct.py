@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -17,6 +18,7 @@ from ..remote.program import Program
 from ..remote.tracee import SIGTRAP, Stop, wait_stop
 from ..resources.memory import vdso
 from ..resources.task import pending
+from . import restart
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ class Conductor:
         self.live: dict[int, Program] = {}
         self.ended: set[int] = set()
         self.released: set[int] = set()
+        self.rebuilt: set[int] = set()  # threads whose interrupted call goes on by restart_syscall(2)
         self.started: list[int] = []
 
     def launch(self, keep: list[int], *, sibling: bool) -> int:
@@ -230,6 +233,9 @@ class Conductor:
                 self._finish_task(task, cpu)
 
     def _finish_task(self, task: RestoredTask, cpu: Any) -> None:
+        for thread in task.threads:
+            if restart.rebuild(thread.tid, thread.core, self.arena, cpu.restored_regs(thread.core, thread.image)):
+                self.rebuilt.add(thread.tid)
         for thread in task.threads[1:]:
             self._set_state(thread, cpu)
         self._unmap_arena(task)
@@ -241,7 +247,9 @@ class Conductor:
         with doing(f"{thread.image}: thread_info.fpregs"):
             ptrace.set_xstate(tid, cpu.restore_fpu(thread.core.thread_info.fpregs, template, thread.image))
         with doing(f"{thread.image}: thread_info.gpregs"):
-            ptrace.set_regs(tid, cpu.restored_regs(thread.core, thread.image))
+            regs = cpu.restored_regs(thread.core, thread.image)
+            restart.resume(thread.core, thread.image, regs, rebuilt=tid in self.rebuilt)
+            ptrace.set_regs(tid, regs)
         main = thread.tid == thread.task.pid
         mask = thread.core.tc.blk_sigset if main else thread.core.thread_core.blk_sigset
         ptrace.set_sigmask(tid, mask & ALL_SIGNALS)
@@ -278,7 +286,11 @@ class Conductor:
                 signal = task.core.tc.stop_signo or SIGSTOP
             for number in pending.held_back(thread.core):
                 call("tgkill", task.pid, thread.tid, number)
-            ptrace.detach(thread.tid, signal)
+            try:
+                ptrace.detach(thread.tid, signal)
+            except KernelError as error:
+                if error.errno != errno.ESRCH:  # a thread that was let go before may have ended the process
+                    raise
 
     def abort(self) -> None:
         """Kill everything that was started."""

@@ -10,8 +10,6 @@ import struct
 
 from ..errors import ImageError, Unsupported
 from ..linux import ptrace
-from ..linux.nr import NR
-from ..remote.guest import ERESTART_RESTARTBLOCK, interrupted_call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from ..linux.ptrace import user_regs_struct
 
 NATIVE = 1
-EINTR = 4
 FXSAVE_BYTES, HEADER_BYTES = 512, 64
 #: XCR0 bit → (field of user_x86_xsave_entry, 32- or 64-bit words, bytes); in the order of the standard layout.
 COMPONENTS = {
@@ -35,11 +32,10 @@ COMPONENTS = {
 }
 
 
-def dump(thread: Any, core: Message) -> None:
-    """Fill in core.thread_info from the stopped thread."""
+def dump(thread: Any, core: Message, regs: user_regs_struct) -> None:
+    """Fill in core.thread_info from the stopped thread; ``regs`` are the general registers to store."""
     info = core.thread_info
     info.clear_tid_addr = 0  # set by the resource that asks for it
-    regs = settle_restart(thread)
     for name in ptrace.user_regs_struct.NAMES:
         setattr(info.gpregs, name, getattr(regs, name))
     info.gpregs.mode = NATIVE
@@ -49,38 +45,6 @@ def dump(thread: Any, core: Message) -> None:
             entry_number=number, base_addr=0, limit=0, seg_32bit=False, contents_h=False, contents_l=False,
             read_exec_only=True, limit_in_pages=False, seg_not_present=True, usable=False,
         )  # fmt: skip
-
-
-def settle_restart(thread: Any) -> user_regs_struct:
-    """The registers to store: an interrupted system call is stepped back onto, so that it is made again.
-
-    A call that the kernel would go on with by restart_syscall(2) remembers its deadline in the kernel alone. Sleeps that
-    have written what remains over their own argument, and waits for a point in time, are simply made again; the others end in EINTR, as
-    they may at any time.
-    """
-    regs: user_regs_struct = thread.regs.copy()
-    code = interrupted_call(regs)
-    if code == 0:
-        return regs
-    if code == ERESTART_RESTARTBLOCK and not _can_be_made_again(regs):
-        regs.ax = (1 << 64) - EINTR
-        return regs
-    regs.ax = regs.orig_ax
-    regs.ip -= 2
-    return regs
-
-
-FUTEX_CMD_MASK, FUTEX_WAIT_BITSET = 0x7F, 9
-
-
-def _can_be_made_again(regs: user_regs_struct) -> bool:
-    if regs.orig_ax == NR["nanosleep"]:
-        return bool(regs.di == regs.si)
-    if regs.orig_ax == NR["clock_nanosleep"]:
-        return bool(regs.dx == regs.r10)
-    if regs.orig_ax == NR["futex"]:
-        return bool(regs.si & FUTEX_CMD_MASK == FUTEX_WAIT_BITSET)
-    return False
 
 
 def _dump_fpu(state: bytes, fp: Message) -> None:
@@ -153,6 +117,6 @@ def restored_regs(core: Message, image: str) -> user_regs_struct:
         setattr(regs, name, getattr(core.thread_info.gpregs, name))
     if regs.cs != 0x33:
         raise ImageError(image, "thread_info.gpregs.cs", f"{regs.cs:#x} is not 64-bit user code")
-    # Not inside a system call any more: nothing is left to be restarted.
+    # Not inside a system call: see restart.resume() for those who were.
     regs.orig_ax = (1 << 64) - 1
     return regs

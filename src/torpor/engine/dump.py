@@ -27,6 +27,7 @@ from ..undo import Undo
 from . import collect, cpu, preflight
 from .dump_files import FileDumper
 from .dump_memory import MemoryDumper
+from .restart import Restarts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -100,11 +101,13 @@ class _Dump:
         self.kinds = resources.task_resources()
         self.cores: dict[int, Message] = {}
         self.reported_stops: set[int] = set()
+        self.restarts = Restarts()
         self.unread = tty.Unread(None)
 
     def run(self) -> None:
         done = False
         try:
+            self.restarts.look(collect.look(self.root))
             self._freeze()
             self._write()
             self.writer.commit()
@@ -121,6 +124,7 @@ class _Dump:
                 remap.remove_links(self.ctx)
             for task in self.tasks.values():
                 collect.close_handles(task)
+            self.restarts.close()
             self.ctx.close()
 
     def _freeze(self) -> None:
@@ -191,6 +195,7 @@ class _Dump:
     def _core(self, guest: Guest, thread: SourceThread) -> Message:
         task = thread.task
         main = thread.tid == task.pid
+        self.restarts.settle(thread)
         program = Program(f"getters of {thread.tid}")
         asked: list[tuple[Any, Any]] = []
         for kind in self.kinds:
@@ -205,7 +210,7 @@ class _Dump:
             if not any(run.bytes(area)):
                 self.reported_stops.add(pid)
         core = pb.core_entry(mtype=MACHINE_X86_64)
-        cpu.dump(thread, core)
+        cpu.dump(thread, core, self.restarts.dump(thread, core))
         if main:
             self._task_core(task, core)
         for kind, answer in asked:

@@ -159,13 +159,8 @@ class Restarts:
         interrupted.code = ERESTARTNOHAND
         if wait is not None:
             wait.explain(thread.regs, interrupted)
-        elif interrupted.number in SLEEPS:
-            rest = thread.regs.si if interrupted.number == NR["nanosleep"] else thread.regs.r10
-            if rest:  # the kernel has written there what is left; if it could not, there would be no restart
-                seconds, nanoseconds = struct.unpack("<qq", os.pread(thread.task.mem_fd, 16, rest))
-                interrupted.left_ns = seconds * 1_000_000_000 + nanoseconds
-                interrupted.clock = CLOCK_MONOTONIC if interrupted.number == NR["nanosleep"] else thread.regs.di
-                interrupted.code = ERESTART_RESTARTBLOCK
+        if interrupted.code != ERESTART_RESTARTBLOCK and interrupted.number in SLEEPS:
+            _read_rest(thread, interrupted)
 
     def dump(self, thread: SourceThread, core: Message) -> user_regs_struct:
         """Fill in thread_core.interrupted; returns the registers for readers who do not know it: stepped back onto the call."""
@@ -184,6 +179,22 @@ class Restarts:
             entry.left_ns = interrupted.left_ns
             entry.clock = interrupted.clock
         return regs
+
+
+def _read_rest(thread: SourceThread, interrupted: Interrupted) -> None:
+    """What is left of a sleep that has been asked to say so when it is interrupted."""
+    regs = thread.regs
+    plain = interrupted.number == NR["nanosleep"]
+    address = regs.si if plain else regs.r10
+    try:
+        data = os.pread(thread.task.mem_fd, 16, address) if address else b""
+    except OSError:
+        return  # unmapped in the meantime
+    if len(data) == 16:
+        seconds, nanoseconds = struct.unpack("<qq", data)
+        interrupted.left_ns = max(1, seconds * 1_000_000_000 + nanoseconds)
+        interrupted.clock = CLOCK_MONOTONIC if plain else (regs.di & 0xFFFFFFFF ^ 1 << 31) - (1 << 31)
+        interrupted.code = ERESTART_RESTARTBLOCK
 
 
 def _error(number: int) -> int:
@@ -302,7 +313,7 @@ class _Wait:
         return 0
 
     def _value(self, name: str, form: str) -> int:
-        return int(struct.unpack_from(f"<{form}", self._block, self._at[name] - 0)[0])
+        return int(struct.unpack_from(f"<{form}", self._block, self._at[name])[0])
 
     def explain(self, regs: user_regs_struct, interrupted: Interrupted) -> None:
         """Find out which call the restart block is of (a call that was restarted before does not say so any more), and what is left of it."""
@@ -339,8 +350,8 @@ class _Wait:
             return NR["poll"]
         if self._value("uaddr", "Q") == regs.di and self._value("val", "I") == regs.dx & 0xFFFFFFFF:
             return NR["futex"]
-        # Only clock_nanosleep's first argument is no address.
-        return NR["nanosleep"] if regs.di > 1 << 12 and regs.di < 1 << 47 else NR["clock_nanosleep"]
+        by_clock = self._value("clockid", "i") != CLOCK_MONOTONIC or regs.di == CLOCK_MONOTONIC or regs.di == 0
+        return NR["clock_nanosleep"] if by_clock else NR["nanosleep"]
 
 
 # --------------------------------------------------------------------------------------- restore
@@ -354,8 +365,9 @@ def rebuild(tid: int, core: Message, arena: Arena, regs: user_regs_struct) -> bo
     entry = core.thread_core.interrupted
     if entry.code != ERESTART_RESTARTBLOCK or not entry.left_ns:
         return False
-    scratch = arena.base + PAGE  # the programs have been run
-    arena.memory[PAGE : PAGE + 16] = struct.pack("<QQ", *divmod(entry.left_ns, 1_000_000_000))
+    place = arena.size - 16  # behind all programs
+    arena.memory[place : place + 16] = struct.pack("<QQ", *divmod(entry.left_ns, 1_000_000_000))
+    scratch = arena.base + place
     call = ptrace.get_regs(tid)
     call.ip = arena.code + machine.STUB.index(b"\x0f\x05")
     call.ax, call.orig_ax = entry.call, NO_CALL
@@ -370,9 +382,6 @@ def rebuild(tid: int, core: Message, arena: Arena, regs: user_regs_struct) -> bo
     else:
         return False
     return _begin(tid, call)
-
-
-PAGE = 4096
 
 
 def _begin(tid: int, call: user_regs_struct) -> bool:

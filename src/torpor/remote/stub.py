@@ -124,8 +124,12 @@ def launch(
     ready, go = os.pipe2(os.O_CLOEXEC)
     try:
         os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
-        pid = _clone(set_tid, _exec_program(ready, elf_fd, arena.fd, keep, clock_offsets, loginuid), go, sibling)
-        _await_bootstrap(pid, elf_base, len(code))
+        pid = _clone(set_tid, _exec_program(ready, go, elf_fd, arena.fd, keep, clock_offsets, loginuid), go, sibling)
+        try:
+            _await_bootstrap(pid, elf_base, len(code))
+        except BaseException:
+            kill([pid])
+            raise
     finally:
         for fd in (elf_fd, ready):
             os.close(fd)
@@ -133,10 +137,11 @@ def launch(
 
 
 def _exec_program(
-    ready: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes, loginuid: int | None
+    ready: int, go: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes, loginuid: int | None
 ) -> Program:
     program = Program("start of the stub")
-    # Ends here, in a trap that kills it, if we die before we trace it: the pipe gives end of file.
+    # Ends here, in a trap that kills it, if we die before we trace it: the pipe gives end of file then.
+    program.call("close", go, why="our end of the pipe")
     program.call("read", ready, program.out(8), 1, 0, transfer=True, why="wait until traced")
     if clock_offsets:
         program.call("unshare", CLONE_NEWTIME)
@@ -177,6 +182,7 @@ def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> 
     launcher = function(address + launch_at)
     # A handler of ours must not run in the child: it shares our memory and our stack.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = 0
     try:
         pid = launcher(ctypes.addressof(args), 88, program.base, address)
         if pid < 0:
@@ -184,13 +190,15 @@ def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> 
         try:
             _seize(pid)
             os.write(go, b"!")
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)
-            raise
         finally:
+            # Without the byte it ends by itself; with it, it goes on as our tracee.
             os.close(go)
             go = -1
         _await_exec(pid)
+    except BaseException:
+        if pid > 0:
+            kill([pid])
+        raise
     finally:
         if go >= 0:
             os.close(go)
@@ -226,7 +234,6 @@ def _await_exec(pid: int) -> None:
         if stop.event == ptrace.EVENT_EXEC:
             return
         if stop.event == 0 and stop.signal == signal.SIGTRAP:
-            os.kill(pid, signal.SIGKILL)
             raise Unsupported("the first stub could not be started", hint="is memfd execution allowed (vm.memfd_noexec)?")
         ptrace.resume(pid, stop.signal if stop.event == 0 else 0)
 
@@ -238,7 +245,6 @@ def _await_bootstrap(pid: int, elf_base: int, code_bytes: int) -> None:
     regs = ptrace.get_regs(pid)
     record = (regs.r15 - elf_base - PAGE) // machine.RECORD_BYTES
     if stop.signal != signal.SIGTRAP or regs.ip != elf_base + code_bytes or record != 2:
-        os.kill(pid, signal.SIGKILL)
         raise Unsupported(f"the stub's arena could not be mapped (step {record}, signal {stop.signal})")
 
 
