@@ -55,6 +55,7 @@ class CommandWay(Way):
         log = os.path.join(folder, f"{verb}.log")
         argv = [*self.argv, verb, "--no-default-config", "-D", folder, "-o", log, *words]
         env = {**os.environ, "PYTHONPATH": SRC}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program is compiled once
         done = subprocess.run(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, check=False,
@@ -234,7 +235,8 @@ def main() -> None:
         if args.case and case.name not in args.case:
             continue
         place = args.tmpfs if case.place == "tmpfs" else args.disk
-        measure(case, ways[-1], place)  # once for caches, and for what is imported late
+        for way in ways:
+            measure(case, way, place)  # once for caches, and for what is imported late
         for row in run_case(case, ways, place, args.rounds or case.rounds):
             print(f"| {' | '.join(row)} |", flush=True)
 

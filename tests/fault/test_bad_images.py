@@ -379,11 +379,15 @@ def refusal(folder: str) -> TorporError | None:
 
 
 def outside(good: GoodSet) -> list[object]:
-    """What is in places where nothing is to appear, and what the tree's files are like."""
-    found: list[object] = [sorted(os.listdir(place)) for place in ("/", "/etc", "/dev", "/root")]
+    """What the tree's files are like, and those that images are made to name."""
+    found: list[object] = []
     for name in sorted(os.listdir(good.target.folder)):
         status = os.lstat(os.path.join(good.target.folder, name))
         found.append((name, status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns))
+    for name in TEXTS:
+        if name.startswith("/") and len(name) < 4096 and os.path.lexists(name):
+            status = os.lstat(name)
+            found.append((name, status.st_mode, status.st_uid, status.st_gid, status.st_rdev))
     return found
 
 

@@ -39,6 +39,7 @@ def run_torpor(*args: object, timeout: float = 60, cwd: str | None = None) -> Co
 
 def _run(argv: list[str], timeout: float, cwd: str | None = None) -> CommandResult:
     env = {**os.environ, "PYTHONPATH": SOURCES}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled once, not for every command
     done = subprocess.run(
         argv, env=env, cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,

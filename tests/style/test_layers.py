@@ -134,18 +134,20 @@ def test_only_images_knows_protobuf(module: Module) -> None:
 
 @each([module for module in MODULES if module.room == "resources" and not module.is_package])
 def test_resources_do_not_know_each_other(module: Module) -> None:
-    """They may use resources/base.py and helpers whose name starts with an underscore."""
-    if module.name == "torpor.resources.base":
+    """A resource may use what lies beside the folders (base, helpers for several of them) and what others are made of.
+
+    A mapped file is a regular file, shared memory is a memfd, a FIFO is a pipe with a name; everything else refers to a file by its id.
+    """
+    folder = module.name.split(".")[:3]
+    if len(folder) < 3 or folder[2] not in ("files", "task", "memory"):
         return
     for node, name in module.imports():
         parts = name.split(".")
-        if parts[:2] != ["torpor", "resources"]:
+        if parts[:2] != ["torpor", "resources"] or parts[2:3] not in (["files"], ["task"], ["memory"]):
             continue
-        shared = "base" in parts[2:4] or any(part.startswith("_") for part in parts[2:])
-        if not shared and not (module.relative.split(os.sep)[-1].startswith("_")):
-            raise AssertionError(
-                f"{module.relative}:{node.lineno} imports {name}: refer to it by Ref"
-            )
+        made_of = parts[2:4] in (["files", "regular"], ["files", "memfd"], ["files", "pipe"], ["task", "creds"]) or len(parts) == 3
+        if not made_of and not parts[-1].startswith("_") and not (len(parts) > 3 and parts[3].startswith("_")):
+            raise AssertionError(f"{module.relative}:{node.lineno} imports {name}: refer to it by its id")
 
 
 @each(

@@ -18,10 +18,10 @@ ROWS = (
     Option("nopl", "", "", "", "flag", "", "*", "leave out the data behind entries"),
     Option("help", "h", "", "", "flag", "", "*", "show this text"),
 )
-USAGE = "torpor crit decode|encode [-i FILE] [-o FILE], torpor crit show|info FILE"
+USAGE = "torpor crit decode|encode [-i FILE] [-o FILE], torpor crit show|info FILE, torpor crit x DIR ps|fds|mems|rss"
 TEXT = """\
 Turns one image file into JSON (decode), JSON into an image (encode), shows an image (show: decode
-with --pretty), or says what it is (info). The JSON is that of CRIU's crit.
+with --pretty), or says what it is (info). x shows what a whole set holds: processes, files, mappings. The JSON is that of CRIU's crit.
 """
 EXAMPLES = """\
   torpor crit show /snap/core-4242.img
@@ -43,6 +43,8 @@ def main(words: list[str]) -> int:
         return 0
     flags, others = said
     action = others[0] if others else ""
+    if action == "x":
+        return _explore(others[1:])
     named = action in ("show", "info")
     if action not in ("decode", "encode", "show", "info") or len(others) != 1 + named:
         raise UsageError(f"usage: {USAGE}")
@@ -51,6 +53,21 @@ def main(words: list[str]) -> int:
         fd = _input(source)
         try:
             _run(action, fd, source or "stdin", flags)
+        finally:
+            os.close(fd)
+    return 0
+
+
+def _explore(words: list[str]) -> int:
+    from ..images.explore import EXPLORERS
+    from ..images.store import ImageReader
+
+    if len(words) != 2 or words[1] not in EXPLORERS:
+        raise UsageError(f"usage: {USAGE}")
+    with doing("crit x"):
+        fd = os.open(words[0], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sys.stdout.write(EXPLORERS[words[1]](ImageReader(fd)))
         finally:
             os.close(fd)
     return 0

@@ -13,6 +13,7 @@ VERBS = {
     "restore": ("torpor.cli.restore", "wake it up again"),
     "check": ("torpor.cli.check", "say what this kernel can do, or what stands in a dump's way"),
     "show": ("torpor.cli.show", "show what is in a snapshot"),
+    "plain": ("torpor.cli.plain", "copy a snapshot in the form that CRIU reads"),
     "crit": ("torpor.cli.crit", "turn image files into JSON and back"),
     "criu": ("torpor.cli.criu", "be the criu command, for whoever expects that one"),
 }

@@ -1,15 +1,16 @@
-"""check: what this kernel and these privileges allow, and what would stop the dump of a tree. Asked by trying, not by version."""
+"""check: what this kernel and these privileges allow, and what would stop the dump of a tree."""
 
 from __future__ import annotations
 
 import errno
 import os
 
-from ..errors import KernelError, TorporError, doing
-from ..linux import kernel, ptrace
-from ..linux.call import call, try_call
+from ..errors import TorporError, doing
+from ..linux import kerndat, kernel
+from ..linux.call import try_call
 from ..proc import status as proc_status
 from ..proc.read import read
+from ..resources import inet_probe
 from . import preflight
 
 TYPE_CHECKING = False
@@ -80,100 +81,6 @@ def _ask(probe: Callable[[], bool]) -> bool:
         return False
 
 
-def _knows(name: str, *args: object) -> bool:
-    """Is the system call there, whatever it says to these arguments?"""
-    return try_call(name, *args) != -errno.ENOSYS
-
-
-def _clone3_set_tid() -> bool:
-    # Too many pids for any nesting of namespaces: EINVAL, where set_tid is known, else E2BIG for the longer struct.
-    import ctypes
-
-    args = (ctypes.c_uint64 * 11)(0, 0, 0, 0, 0, 0, 0, 0, 0, 33, 0)
-    return try_call("clone3", ctypes.byref(args), 88) == -errno.EINVAL
-
-
-def _pagemap_scan() -> bool:
-    # A null argument faults only where the request is known.
-    import fcntl
-
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, kernel.PAGEMAP_SCAN, 0)
-    except OSError as error:
-        return error.errno == errno.EFAULT
-    finally:
-        os.close(fd)
-    return False
-
-
-def _guard_pages() -> bool:
-    import mmap
-
-    from ..linux.kernel import writable_address
-
-    with mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-        address = writable_address(area)
-        return _pagemap_scan() and try_call("madvise", address, 4096, 102) == 0 and try_call("madvise", address, 4096, 103) == 0
-
-
-def _in_child(operation: int, *args: int) -> bool:
-    """Does a ptrace request work on a stopped child of our own?"""
-    pid = os.fork()
-    if pid == 0:
-        import signal
-
-        while True:
-            signal.pause()
-    try:
-        ptrace.seize(pid)
-        ptrace.interrupt(pid)
-        ptrace.wait(pid)
-        call("ptrace", operation, pid, *args)
-        return True
-    except KernelError:
-        return False
-    finally:
-        os.kill(pid, 9)
-        ptrace.wait(pid)
-
-
-def _rseq_configuration() -> bool:
-    import ctypes
-
-    area = ctypes.create_string_buffer(24)
-    return _in_child(ptrace.GET_RSEQ_CONFIGURATION, 24, ctypes.addressof(area))
-
-
-def _suspend_seccomp() -> bool:
-    return _in_child(ptrace.SETOPTIONS, 0, ptrace.O_SUSPEND_SECCOMP)
-
-
-def _seccomp_filters() -> bool:
-    # SECCOMP_GET_ACTION_AVAIL(SECCOMP_RET_ALLOW)
-    import ctypes
-
-    return try_call("seccomp", 2, 0, ctypes.byref(ctypes.c_uint32(0x7FFF0000))) == 0
-
-
-def _timer_ids() -> bool:
-    # PR_TIMER_CREATE_RESTORE_IDS, asked for its state
-    return try_call("prctl", 77, 2, 0, 0, 0) >= 0
-
-
-def _map_vdso() -> bool:
-    # ARCH_MAP_VDSO_64 where there is one already
-    return try_call("arch_prctl", 0x2003, 0) == -errno.EEXIST
-
-
-def _mm_map() -> bool:
-    # PR_SET_MM_MAP_SIZE
-    import ctypes
-
-    size = ctypes.c_uint(0)
-    return try_call("prctl", 35, 15, ctypes.byref(size), 0, 0) == 0 and size.value == 104
-
-
 def _fdinfo_lock() -> bool:
     import fcntl
 
@@ -185,67 +92,50 @@ def _fdinfo_lock() -> bool:
         os.close(fd)
 
 
-def _memfd_hugetlb() -> bool:
-    os.close(os.memfd_create("huge", 4))
-    return True
-
-
 def _exists(path: str) -> Callable[[], bool]:
     return lambda: os.path.exists(path)
 
 
-def _timerfd() -> bool:
-    # TFD_IOC_SET_TICKS with a null argument
-    import fcntl
-
-    fd = call("timerfd_create", 1, 0)
-    try:
-        fcntl.ioctl(fd, 0x40085400, 0)
-    except OSError as error:
-        return error.errno == errno.EFAULT
-    finally:
-        os.close(fd)
-    return False
-
-
-def _kcmp() -> bool:
-    return kernel.kcmp(os.getpid(), os.getpid(), kernel.KCMP_VM) == 0
-
-
 #: name → (probe, what it is for, is it required)
 PROBES: dict[str, tuple[Callable[[], bool], str, bool]] = {
-    "kcmp": (_kcmp, "which descriptors share an open file", True),
-    "pidfd_getfd": (lambda: _knows("pidfd_getfd", -1, 0, 0), "looking at a task's open files", True),
-    "clone3_set_tid": (_clone3_set_tid, "restoring with the same process ids", True),
-    "mm_map": (_mm_map, "restoring where code, heap and arguments lie", True),
-    "map_vdso": (_map_vdso, "placing the vDSO", True),
-    "pagemap_scan": (_pagemap_scan, "finding the pages of a task", True),
-    "get_rseq_conf": (_rseq_configuration, "programs of glibc 2.35 and newer", True),
-    "seccomp_suspend": (_suspend_seccomp, "tasks under seccomp", False),
-    "seccomp_filters": (_seccomp_filters, "restoring seccomp filters", False),
-    "timer_cr_ids": (_timer_ids, "POSIX timers with the same ids at once", False),
-    "guard_pages": (_guard_pages, "guard regions", False),
+    "kcmp": (kerndat.has_kcmp, "which descriptors share an open file", True),
+    "pidfd_getfd": (lambda: kerndat.knows("pidfd_getfd", -1, 0, 0), "looking at a task's open files", True),
+    "clone3_set_tid": (kerndat.clone3_set_tid, "restoring with the same process ids", True),
+    "mm_map": (kerndat.mm_map, "restoring where code, heap and arguments lie", True),
+    "map_vdso": (kerndat.map_vdso, "placing the vDSO", True),
+    "pagemap_scan": (kerndat.pagemap_scan, "finding the pages of a task", True),
+    "get_rseq_conf": (kerndat.rseq_configuration, "programs of glibc 2.35 and newer", True),
+    "seccomp_suspend": (kerndat.suspend_seccomp, "tasks under seccomp", False),
+    "seccomp_filters": (kerndat.seccomp_filters, "restoring seccomp filters", False),
+    "timer_cr_ids": (kerndat.timer_ids, "POSIX timers with the same ids at once", False),
+    "guard_pages": (kerndat.guard_pages, "guard regions", False),
     "map_files": (_exists("/proc/self/map_files"), "deleted and shared mapped files", True),
     "children": (_exists(f"/proc/self/task/{os.getpid()}/children"), "walking the process tree", True),
 }
 
 #: The names of CRIU's `check --feature` that say something about what Torpor does.
 FEATURES: dict[str, Callable[[], bool]] = {
-    "aio_remap": lambda: _knows("io_setup", 0, 0),
+    "aio_remap": lambda: kerndat.knows("io_setup", 0, 0),
     "fdinfo_lock": _fdinfo_lock,
-    "seccomp_suspend": _suspend_seccomp,
-    "seccomp_filters": _seccomp_filters,
+    "seccomp_suspend": kerndat.suspend_seccomp,
+    "seccomp_filters": kerndat.seccomp_filters,
     "loginuid": _exists("/proc/self/loginuid"),
-    "can_map_vdso": _map_vdso,
+    "can_map_vdso": kerndat.map_vdso,
     "kcmp_epoll": lambda: try_call("kcmp", os.getpid(), os.getpid(), kernel.KCMP_EPOLL_TFD, 0, 0) != -errno.EINVAL,
-    "clone3_set_tid": _clone3_set_tid,
+    "clone3_set_tid": kerndat.clone3_set_tid,
     "ns_pid": lambda: len(proc_status.parse(read(os.getpid(), "status")).NSpid) > 0,
-    "memfd_hugetlb": _memfd_hugetlb,
-    "get_rseq_conf": _rseq_configuration,
-    "pagemap_scan": _pagemap_scan,
-    "pagemap_scan_guard_pages": _guard_pages,
-    "timer_cr_ids": _timer_ids,
-    "timerfd": _timerfd,
+    "memfd_hugetlb": kerndat.memfd_hugetlb,
+    "get_rseq_conf": kerndat.rseq_configuration,
+    "pagemap_scan": kerndat.pagemap_scan,
+    "pagemap_scan_guard_pages": kerndat.guard_pages,
+    "timer_cr_ids": kerndat.timer_ids,
+    "timerfd": kerndat.timerfd,
     "mnt_id": lambda: b"mnt_id:" in read(os.getpid(), "fdinfo/0"),
-    "openat2": lambda: _knows("openat2", -1, b"\0", 0, 0),
+    "openat2": lambda: kerndat.knows("openat2", -1, b"\0", 0, 0),
+    "tcp_half_closed": inet_probe.half_closed,
+    "net_diag_raw": inet_probe.raw_diag,
+    "ipv6_freebind": inet_probe.six_freebind,
+    "sockopt_buf_lock": inet_probe.buffer_lock,
+    "network_lock_nftables": inet_probe.nftables_lock,
+    "has_ipt_legacy": inet_probe.iptables,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from .. import log
@@ -203,6 +204,10 @@ class KcmpTree:
         return number, True
 
 
+def _kcmp(code: int, a: int, b: int) -> int:
+    return kcmp(a, b, code)
+
+
 def number_shared(tasks: dict[int, SourceTask]) -> None:
     """Fill in ``ids`` of every live task: equal numbers mean a shared address space, descriptor table, …
 
@@ -210,7 +215,7 @@ def number_shared(tasks: dict[int, SourceTask]) -> None:
     """
     for kind, code in SHARED_KINDS.items():
         counter = iter(range(2, 1 << 31))
-        tree = KcmpTree(lambda a, b, code=code: kcmp(a, b, code), counter.__next__)
+        tree = KcmpTree(functools.partial(_kcmp, code), counter.__next__)
         for task in tasks.values():
             if not task.zombie:
                 task.ids[kind], _ = tree.number_of(task.pid)

@@ -50,15 +50,15 @@ def check_vdso(snapshot: Snapshot) -> None:
 
 
 def _own_vdso() -> tuple[tuple[int, int, int], bytes] | None:
-    import ctypes
-
     vmas = proc_maps.parse(read(os.getpid(), "maps"))
     code = [vma for vma in vmas if vma.kind == proc_maps.VDSO]
     if not code:
         return None
     data = [vma.start for vma in vmas if vma.kind in (proc_maps.VVAR, proc_maps.VVAR_VCLOCK)]
     place = (min(data, default=code[0].start), code[0].start, code[0].end)
-    return place, ctypes.string_at(place[1], place[2] - place[1])
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        memory.seek(place[1])
+        return place, memory.read(place[2] - place[1])
 
 
 def _stored_vdso(task: RestoredTask, wanted: tuple[int, int, int]) -> bytes:

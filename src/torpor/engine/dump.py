@@ -113,12 +113,15 @@ class _Dump:
             self.writer.commit()
             if self.options.leave_running or self.options.leave_stopped:
                 self.unread.put_back()
+                self.ctx.undo.roll_back()
             self._finish()
             self.unread.forget()
+            self.ctx.undo.commit()
             done = not self.options.leave_running
         finally:
             if not done:
                 self.unread.put_back()
+            self.ctx.undo.roll_back()
             self.seized.release_all()
             if not done:
                 remap.remove_links(self.ctx)
@@ -254,8 +257,9 @@ class _Dump:
                 pb.pstree_entry(pid=task.vpid, ppid=parent, pgid=task.group, sid=task.session, threads=threads),
             )
         inventory = pb.inventory_entry(
-            img_version=2, fdinfo_per_id=True, ns_per_id=True, root_cg_set=1, lsmtype=0, network_lock_method=0
+            img_version=2, fdinfo_per_id=True, ns_per_id=True, root_cg_set=1, lsmtype=0
         )
+        self._write_network(inventory)
         inventory.root_ids.CopyFrom(pb.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1))
         preflight.set_namespace_ids(inventory.root_ids)
         inventory.plugins_entry.SetInParent()
@@ -263,6 +267,14 @@ class _Dump:
         self.writer.write_one("inventory", inventory)
         self.writer.write_one("seccomp", self.ctx.memo.get("seccomp") or pb.seccomp_entry())
         self._write_stats()
+
+    def _write_network(self, inventory: Message) -> None:
+        lock = self.ctx.memo.get("network lock")
+        inventory.network_lock_method = lock.method if lock else 2  # skip
+        if lock and lock.run_id:
+            inventory.dump_criu_run_id = lock.run_id
+        if self.options.tcp_close:
+            inventory.tcp_close = True
 
     def _write_stats(self) -> None:
         stats = pb.stats_entry()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 IMAGE_VERSION = 2
 MACHINE_X86_64 = 1
 PID_MAX = 1 << 22
+SIGNAL_MAX = 64
 ADDRESS_END = 0x7FFFFFFFF000
 PAGE = 4096
 
@@ -93,6 +94,8 @@ def _load_task(
         for field in ("thread_info", "thread_core"):
             if not thread.core.HasField(field):
                 raise ImageError(thread.image, field, "it is missing")
+    if not 0 <= task.core.tc.stop_signo <= SIGNAL_MAX:
+        raise ImageError(task.threads[0].image, "tc.stop_signo", f"{task.core.tc.stop_signo} is no signal")
     task.ids = reader.read_one(f"ids-{task.pid}")
     task.fs = reader.read_one(f"fs-{task.pid}")
     task.mm = reader.read_one(f"mm-{task.pid}")

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 EINTR = 4
 NO_CALL = (1 << 64) - 1
+PAGE = 4096
+SCRATCH_BYTES = 64  # that the restore leaves at the end of the arena, for a time to wait
 CODES = (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK)
 CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_TAI, TIMER_ABSTIME = 1, 7, 11, 1
 FUTEX_WAIT, FUTEX_WAIT_BITSET, FUTEX_CMD_MASK = 0, 9, 0x7F
@@ -365,7 +367,7 @@ def rebuild(tid: int, core: Message, arena: Arena, regs: user_regs_struct) -> bo
     entry = core.thread_core.interrupted
     if entry.code != ERESTART_RESTARTBLOCK or not entry.left_ns:
         return False
-    place = arena.size - 16  # behind all programs
+    place = arena.size - PAGE - SCRATCH_BYTES  # of the last page nothing is mapped after the memory has been cleared
     arena.memory[place : place + 16] = struct.pack("<QQ", *divmod(entry.left_ns, 1_000_000_000))
     scratch = arena.base + place
     call = ptrace.get_regs(tid)

@@ -25,7 +25,7 @@ from ..resources.base import BuildContext
 from ..resources.files import tty
 from ..resources.fown import emit as emit_fown
 from ..undo import Undo
-from . import conduct, cpu, load, plan, restore_memory
+from . import conduct, cpu, load, plan, restart, restore_memory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class _Restore:
             for task in self.snapshot.tasks.values():
                 self._write_programs(task, memory)
             needed = sum((program.size + 63) // 64 * 64 for program in self.programs.values())
-            needed = -(-needed // 4096) * 4096 + 4096
+            needed = -(-(needed + restart.SCRATCH_BYTES) // 4096) * 4096 + 4096
             if needed <= size:
                 return
             size = needed + (1 << 16)

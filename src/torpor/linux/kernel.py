@@ -104,3 +104,10 @@ def memfd(name: str, flags: int = os.MFD_CLOEXEC) -> int:
 def writable_address(area: mmap.mmap | bytearray) -> int:
     """The address of a writable buffer that the caller keeps alive."""
     return ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+
+def is_subreaper() -> bool:
+    """Do orphans among our descendants become our children? (PR_GET_CHILD_SUBREAPER)"""
+    value = ctypes.c_int()
+    call("prctl", 37, ctypes.byref(value), 0, 0, 0)
+    return bool(value.value)

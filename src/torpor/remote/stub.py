@@ -7,7 +7,6 @@ and into this process, so that programs and results are plain memory to both sid
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -15,9 +14,8 @@ import signal
 import struct
 
 from ..errors import KernelError, TaskGone, Unsupported
-from ..linux import ptrace
-from ..linux.call import call
-from ..linux.kernel import writable_address
+from ..linux import kernel, ptrace
+from ..linux.launch import Launcher, SignalsBlocked
 from . import machine
 from .program import Program
 from .tracee import wait_stop
@@ -27,20 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PAGE = 4096
-CLONE_VM, CLONE_PARENT = 0x100, 0x8000
 AT_EMPTY_PATH = 0x1000
 F_SETFD = 2
-PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
+PR_SET_CHILD_SUBREAPER = 36
 CLONE_NEWTIME = 0x80
 OPTIONS = (
     ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD | ptrace.O_TRACEFORK | ptrace.O_TRACEVFORK | ptrace.O_TRACECLONE
     | ptrace.O_TRACEEXEC
 )  # fmt: skip
-
-# clone3(args, size) and go on: the parent returns its result, the child enters the machine (4th argument) with the third as
-# its program. It never touches the stack that it shares with us.
-#   mov r10, rcx; mov eax, 435; syscall; test rax, rax; jnz 1f; mov r15, rdx; jmp r10; 1: ret
-_LAUNCH = bytes.fromhex("4989ca b8b3010000 0f05 4885c0 7506 4989d7 41ffe2 c3")
 
 
 class Arena:
@@ -162,49 +154,25 @@ def _exec_program(
 
 def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> int:
     """clone3 with our memory shared until it executes; seize it; let it go."""
-    code_size = len(machine.STUB) + len(_LAUNCH)
-    area = mmap.mmap(-1, code_size + 64 + program.size + 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7)
-    address = writable_address(area)
-    area[: len(machine.STUB)] = machine.STUB
-    launch_at = len(machine.STUB)
-    area[launch_at : launch_at + len(_LAUNCH)] = _LAUNCH
-    program_at = (code_size + 63) // 64 * 64
-    program.place(address + program_at)
-    content = program.compile()
-    area[program_at : program_at + len(content)] = content
-    tids = (ctypes.c_int * len(set_tid))(*set_tid)
-    flags = CLONE_VM | (CLONE_PARENT if sibling else 0)
-    exit_signal = 0 if sibling else int(signal.SIGCHLD)
-    args = (ctypes.c_uint64 * 11)(
-        flags, 0, 0, 0, exit_signal, 0, 0, 0, ctypes.addressof(tids), len(set_tid), 0
-    )  # struct clone_args, include/uapi/linux/sched.h
-    function = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-    launcher = function(address + launch_at)
-    # A handler of ours must not run in the child: it shares our memory and our stack.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    launcher = Launcher(machine.STUB, program.size)
+    program.place(launcher.data_address)
     pid = 0
-    try:
-        pid = launcher(ctypes.addressof(args), 88, program.base, address)
-        if pid < 0:
-            raise clone_error(-pid, set_tid)
+    with SignalsBlocked():
         try:
+            pid = launcher.clone(program.compile(), set_tid, sibling=sibling)
+            if pid < 0:
+                raise clone_error(-pid, set_tid)
             _seize(pid)
             os.write(go, b"!")
+            _await_exec(pid)
+        except BaseException:
+            if pid > 0:
+                kill([pid])
+            raise
         finally:
-            # Without the byte it ends by itself; with it, it goes on as our tracee.
             os.close(go)
-            go = -1
-        _await_exec(pid)
-    except BaseException:
-        if pid > 0:
-            kill([pid])
-        raise
-    finally:
-        if go >= 0:
-            os.close(go)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    area.close()
-    return int(pid)
+    launcher.close()
+    return pid
 
 
 def _seize(pid: int) -> None:
@@ -275,13 +243,12 @@ def kill(pids: Sequence[int]) -> None:
 
 def become_subreaper() -> bool:
     """Be the one to whom orphans among our descendants come; were we before?"""
-    before = ctypes.c_int()
-    call("prctl", PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
-    if not before.value:
-        call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    return bool(before.value)
+    before = kernel.is_subreaper()
+    if not before:
+        kernel.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    return before
 
 
 def resign_as_subreaper() -> None:
     """Be it no longer."""
-    call("prctl", PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    kernel.prctl(PR_SET_CHILD_SUBREAPER, 0)

@@ -191,6 +191,8 @@ class DumpContext:
         #: that are in flight in the socket that is the second argument. Set by the engine; the descriptor must
         #: stay open as long as the dump.
         self.file_id: Callable[[int, SourceFile], int]
+        #: What was changed about the tasks' things, to be taken back if they are to live on.
+        self.undo = Undo()
         self._next: dict[str, int] = {}
         self._borrowed: dict[tuple[int, int], int] = {}
         self._adopted: list[int] = []

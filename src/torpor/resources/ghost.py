@@ -334,4 +334,6 @@ def _fill(ctx: BuildContext, image: str, spans: list[Any], anchor: int) -> None:
         os.chmod(path, stat.S_IMODE(entry.mode))
     if entry.HasField("atim"):
         times = [time.tv_sec * 10**9 + time.tv_usec * 1000 for time in (entry.atim, entry.mtim)]
+        if max(times) >= 1 << 63:  # the year 2262
+            raise ImageError(f"{image}.img", "atim, mtim", "beyond all times")
         os.utime(path, ns=(times[0], times[1]))

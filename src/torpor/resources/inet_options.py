@@ -191,6 +191,9 @@ def _size(level: int, option: int) -> int:
     return table.get(option, 4)
 
 
+_MULTICAST = {SOL_IP: (32, 33, 34, 49), SOL_IPV6: (17, 18, 19, 29)}  # cannot be set for a stream
+
+
 def _usual(entry: Message) -> dict[tuple[int, int], bytes]:
     """(level, option) → value in a new socket of the same kind, of the options that go to ``more``."""
     key = entry.family, entry.type, entry.proto
@@ -200,6 +203,8 @@ def _usual(entry: Message) -> dict[tuple[int, int], bytes]:
             found = {}
             for level, table in _tables(entry):
                 for option, size in table.items():
+                    if entry.type == SOCK_STREAM and option in _MULTICAST.get(level, ()):
+                        continue
                     value = get(fresh, level, option, size)
                     if value is not None:
                         found[level, option] = value

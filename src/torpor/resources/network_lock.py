@@ -157,3 +157,9 @@ def lift(inventory_method: int, run_id: str, quads: Sequence[Quad]) -> None:
         # CRIU's own; it need not be there, for the machine may have been started anew.
         _iptables("-D", quads, quiet=True)
         log.debug(f"lifted the rules of iptables for {len(quads)} connections")
+
+
+def program_works(program: str, *arguments: str) -> bool:
+    """Is the program there, and does it end well?"""
+    found = _find(program)
+    return found is not None and _run([found, *arguments])[0] == 0

@@ -72,16 +72,11 @@ def repair(fd: int, *, on: bool) -> None:
     put(fd, SOL_TCP, TCP_REPAIR, int(on))
 
 
-def peer_name(fd: int) -> bytes:
-    """The sockaddr of the peer, also of one that is not connected any more; b"" for none."""
-    return get_name(fd, SO_PEERNAME)
-
-
-def get_name(fd: int, option: int) -> bytes:
-    """A sockaddr by getsockopt(2)."""
+def peer_name(fd: int, size: int) -> bytes:
+    """The sockaddr (``size`` bytes) of the peer, also of one that is not connected any more; b"" for none."""
     with sockets.Socket(fd) as sock:
         try:
-            return sock.getsockopt(sockets.SOL_SOCKET, option, 28)
+            return sock.getsockopt(sockets.SOL_SOCKET, SO_PEERNAME, size)
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 raise
@@ -278,16 +273,16 @@ class Connection:
     def _inject(self, flags: int, sequence: int, acknowledged: int) -> None:
         send_packet(self.peer, self.local, flags, sequence, acknowledged, self.stream.rcv_wnd)
 
-    def release(self) -> None:
-        """Leave repair mode: from now on it sends. What had not been sent yet follows."""
-        fd, entry = self.fd, self.entry
+    def release(self, fd: int) -> None:
+        """Leave repair mode: from now on it sends. What had not been sent yet follows. ``fd`` is what it is now."""
+        entry = self.entry
         if entry.state == states.SYN_SENT:
             repair(fd, on=False)
-            self._let_packets_in()
+            _let_packets_in(fd)
             _connect_later(fd, self.peer)
         else:
             put(fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
-            self._let_packets_in()
+            _let_packets_in(fd)
             repair(fd, on=False)
         inet_options.restore_tcp(fd, self._options())
         if self.unsent:
@@ -303,9 +298,6 @@ class Connection:
             if getattr(self.stream, field):
                 setattr(options, field, True)
         return options
-
-    def _let_packets_in(self) -> None:
-        put(self.fd, sockets.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
 def _room(stream: Message) -> int:
@@ -338,6 +330,10 @@ def _connect_later(fd: int, peer: bytes) -> None:
     except KernelError as error:
         if error.errno != errno.EINPROGRESS:
             raise
+
+
+def _let_packets_in(fd: int) -> None:
+    put(fd, sockets.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
 def _hold_back(fd: int) -> None:

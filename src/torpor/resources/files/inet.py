@@ -63,15 +63,14 @@ class Inet(FileResource):
 class _Maker:
     """Makes all sockets, those that others depend on first: listeners before what they have accepted."""
 
-    def __init__(self, ctx: BuildContext, entries: list[Message]) -> None:
+    def __init__(self, ctx: BuildContext) -> None:
         self.ctx = ctx
-        self.entries = entries
         inventory = ctx.images.read_one("inventory") if ctx.images.has("inventory") else None
         self.inventory = inventory or pb.inventory_entry()
         self.close = ctx.options.tcp_close or self.inventory.tcp_close
         self.connections: list[tcp.Connection] = []
         #: Sockets that could be bound only when others were let share with them, and what they had.
-        self.shared: list[tuple[int, Message]] = []
+        self.shared: list[Message] = []
 
     def make(self, entry: Message) -> int:
         fd = sockets.socket(entry.family, entry.type, entry.proto)
@@ -111,13 +110,22 @@ class _Maker:
         inet_options.restore(fd, entry)
 
     def _bind(self, fd: int, entry: Message, name: bytes) -> None:
+        if entry.alien or (entry.family == AF_INET6 and not self.inventory.HasField("torpor")):
+            with _Freely(fd, entry):  # CRIU does not say, and does so for all
+                self._bind_here(fd, entry, name)
+        else:
+            self._bind_here(fd, entry, name)
+
+    def _bind_here(self, fd: int, entry: Message, name: bytes) -> None:
         try:
             call("bind", fd, name, len(name))
         except KernelError as error:
             if error.errno == errno.EADDRINUSE:
                 self._share(fd, entry)
             elif error.errno == errno.EADDRNOTAVAIL:
-                with _freely(fd, entry, name):
+                if not _is_tentative(entry, name):
+                    raise _missing(name) from None
+                with _Freely(fd, entry):
                     call("bind", fd, name, len(name))
                 return
             else:
@@ -148,16 +156,15 @@ class _Maker:
         was there, or before either forbade it."""
         for option in (sockopts.SO_REUSEADDR, sockopts.SO_REUSEPORT):
             put(fd, sockets.SOL_SOCKET, option, 1)
-        for other_fd, _ in self.shared:
-            if other_fd == fd:
-                return
-        self.shared.append((fd, entry))
+        self.shared.append(entry)
 
-    def finish(self, made: dict[int, int]) -> None:
+    def finish(self) -> None:
         """All sockets are made: those that had to share for it get their own options back."""
-        for fd, entry in self.shared:
-            put(fd, sockets.SOL_SOCKET, sockopts.SO_REUSEADDR, int(entry.opts.reuseaddr))
-            put(fd, sockets.SOL_SOCKET, sockopts.SO_REUSEPORT, int(entry.opts.so_reuseport))
+        for entry in self.shared:
+            fd = self.ctx.built.get(entry.id)
+            if fd is not None:
+                put(fd, sockets.SOL_SOCKET, sockopts.SO_REUSEADDR, int(entry.opts.reuseaddr))
+                put(fd, sockets.SOL_SOCKET, sockopts.SO_REUSEPORT, int(entry.opts.so_reuseport))
 
     # ---- connections
 
@@ -191,10 +198,8 @@ class _Maker:
             return stream, data[: stream.inq_len], data[stream.inq_len :]
         raise ImageError(f"{image}.img", "", "is empty")
 
-    def release(self, made: dict[int, int]) -> None:
+    def release(self) -> None:
         """The tasks are about to run: let packets through, and the connections send."""
-        if self.close:
-            return
         from ..network_lock import lift
 
         method = self.inventory.network_lock_method
@@ -202,11 +207,14 @@ class _Maker:
         if quads:
             lift(method, self.inventory.dump_criu_run_id, quads)
         for one in self.connections:
+            fd = self.ctx.built.get(one.entry.id)
+            if fd is None:
+                continue  # nobody holds it
             with doing(f"TCP connection {tcp.shown(one.local)} - {tcp.shown(one.peer)}"):
-                one.release()
+                one.release(fd)
                 if one.entry.state == ESTABLISHED and one.entry.shutdown == pb.sk_shutdown.READ:
-                    _shutdown(one.fd, SHUT_RD)
-                set_flags(one.fd, one.entry.flags)
+                    _shutdown(fd, SHUT_RD)
+                set_flags(fd, one.entry.flags)
 
 
 def _make_all(ctx: BuildContext) -> dict[int, int]:
@@ -218,7 +226,7 @@ def _make_all(ctx: BuildContext) -> dict[int, int]:
     ]
     for entry in entries:
         _check_entry(entry)
-    maker = _Maker(ctx, entries)
+    maker = _Maker(ctx)
     refuse_conflicts(entries, closing=maker.close)
     made: dict[int, int] = {}
 
@@ -230,11 +238,205 @@ def _make_all(ctx: BuildContext) -> dict[int, int]:
     ctx.undo.add("sockets that nobody took", forget)
     for entry in sorted(entries, key=_rank):
         with doing(describe(entry)):
-            # Ours for good: what a task holds are duplicates.
-            made[entry.id] = ctx.keep(maker.make(entry))
-            _renumber(maker, entry, made[entry.id])
-    given = dict(made)
-    ctx.memo.setdefault("after_build", []).append(lambda: maker.finish(given))
+            made[entry.id] = maker.make(entry)
+    if maker.shared:
+        ctx.memo.setdefault("after_build", []).append(maker.finish)
     if maker.connections:
-        ctx.memo.setdefault("after_restore", []).append(lambda: maker.release(given))
+        ctx.memo.setdefault("after_restore", []).append(maker.release)
     return made
+
+
+def _rank(entry: Message) -> tuple[bool, bool]:
+    """Listeners come first, for connections may take a port that is in use, and connections last."""
+    return is_connection(entry), entry.state != LISTEN
+
+
+def _check_entry(entry: Message) -> None:
+    size = 1 if entry.family == AF_INET else 4
+    if entry.family not in (AF_INET, AF_INET6):
+        raise ImageError("files.img", f"file {entry.id}: family", f"{entry.family} is neither IPv4 nor IPv6")
+    if entry.type not in (SOCK_STREAM, SOCK_DGRAM, SOCK_RAW):
+        raise ImageError("files.img", f"file {entry.id}: type", f"{entry.type} is not known")
+    if len(entry.src_addr) < size or len(entry.dst_addr) < size:
+        raise ImageError("files.img", f"file {entry.id}: address", "is too short")
+    if entry.src_port > 0xFFFF or entry.dst_port > 0xFFFF:
+        raise ImageError("files.img", f"file {entry.id}: port", "is more than 65535")
+
+
+def _is_tcp(entry: Message) -> bool:
+    return bool(entry.type == SOCK_STREAM and entry.proto in (0, IPPROTO_TCP))
+
+
+def is_connection(entry: Message) -> bool:
+    """Is, or was, it a TCP connection?"""
+    return bool(_is_tcp(entry) and entry.dst_port and entry.state != LISTEN)
+
+
+def names(entry: Message) -> tuple[bytes, bytes]:
+    """struct sockaddr of both ends."""
+    scope = inet_options.interface(0, entry.ifname) if entry.ifname else 0
+    count = 1 if entry.family == AF_INET else 4
+    here, there = (
+        b"".join(word.to_bytes(4, "little") for word in words[:count])
+        for words in (entry.src_addr, entry.dst_addr)
+    )
+    return (
+        tcp.sockaddr(entry.family, here, entry.src_port, scope),
+        tcp.sockaddr(entry.family, there, entry.dst_port, scope),
+    )
+
+
+def describe(entry: Message) -> str:
+    """The socket as people would name it."""
+    local = names(entry)[0]
+    what = "raw socket" if entry.type == SOCK_RAW else f"{PROTOCOLS.get(entry.proto, entry.proto)} socket"
+    return f"{what} {tcp.shown(local)}" if entry.src_port else what
+
+
+def _is_bound(entry: Message) -> bool:
+    addressed = any(entry.src_addr)
+    if entry.type == SOCK_RAW:
+        return addressed
+    later = any((one.level, one.name) == (0, IP_BIND_ADDRESS_NO_PORT) for one in entry.more)
+    return bool(entry.src_port or (addressed and later))
+
+
+class _Freely:
+    """Within it, a socket may be bound to an address that the machine does not have."""
+
+    def __init__(self, fd: int, entry: Message) -> None:
+        self.fd = fd
+        six = entry.family == AF_INET6
+        self.level = inet_options.SOL_IPV6 if six else inet_options.SOL_IP
+        self.option = inet_options.IPV6_FREEBIND if six else inet_options.IP_FREEBIND
+        self.before = int(entry.ip_opts.freebind)
+
+    def __enter__(self) -> None:
+        put(self.fd, self.level, self.option, 1)
+
+    def __exit__(self, *_: object) -> None:
+        put(self.fd, self.level, self.option, self.before)
+
+
+def _is_tentative(entry: Message, name: bytes) -> bool:
+    """Is it an IPv6 address that is ours, but not yet found to be nobody else's?"""
+    return entry.family == AF_INET6 and tcp.address_of_sockaddr(name)[0].hex() in _own_six()
+
+
+def _own_six() -> set[str]:
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as file:
+            return {line.split()[0] for line in file}
+    except FileNotFoundError:
+        return set()
+
+
+def _connect(fd: int, name: bytes) -> None:
+    try:
+        call("connect", fd, name, len(name))
+    except KernelError as error:
+        raise _why(error, b"", name) from None
+
+
+def _shutdown(fd: int, how: int) -> None:
+    try:
+        sockets.shutdown(fd, how)
+    except KernelError as error:
+        if error.errno != errno.ENOTCONN:  # what is not connected is shut down all the same
+            raise
+
+
+# ---------------------------------------------------------------------- what may stand in the way
+
+
+def refuse_conflicts(entries: list[Message], *, closing: bool) -> None:
+    """Raise Unsupported when somebody has a port or a connection that the images need. Nothing was made yet.
+
+    Ports that the socket would have shared (SO_REUSEPORT, SO_REUSEADDR of UDP) are left to bind(2).
+    """
+    for protocol in (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_UDPLITE):
+        wanted = [one for one in entries if one.type != SOCK_RAW and one.proto == protocol and one.src_port]
+        if not wanted:
+            continue
+        by_port: dict[int, list[inet_diag.InetSocket]] = {}
+        for found in inet_diag.sockets(protocol):
+            by_port.setdefault(found.source[1], []).append(found)
+        for entry in wanted:
+            for other in by_port.get(entry.src_port, ()):
+                if is_connection(entry):
+                    if not closing and entry.state != CLOSE and _same_connection(entry, other):
+                        local, peer = names(entry)
+                        raise _exists(local, peer)
+                elif _excludes(entry, other):
+                    with doing(describe(entry)):
+                        raise _taken(names(entry)[0])
+
+
+def _same_connection(entry: Message, other: inet_diag.InetSocket) -> bool:
+    local, peer = map(tcp.address_of_sockaddr, names(entry))
+    if other.state in (LISTEN, inet_diag.TIME_WAIT):
+        return False
+    pairs = (local, other.source), (peer, other.destination)
+    return all(
+        inet_diag.unmapped(a) == inet_diag.unmapped(b) and port == other_port
+        for (a, port), (b, other_port) in pairs
+    )
+
+
+def _excludes(entry: Message, other: inet_diag.InetSocket) -> bool:
+    if entry.proto == IPPROTO_TCP:
+        if entry.opts.so_reuseport or entry.state != LISTEN or other.state != LISTEN:
+            return False
+    elif entry.opts.so_reuseport or entry.opts.reuseaddr:
+        return False
+    if other.device and not entry.opts.HasField("so_bound_dev"):
+        return False
+    if entry.opts.HasField("so_bound_dev"):
+        device = inet_options.interface(0, os.fsdecode(pb.get_bytes(entry.opts.so_bound_dev)))
+        if other.device not in (0, device):
+            return False
+    here = tcp.address_of_sockaddr(names(entry)[0])[0]
+    return _overlap(here, other.source[0], entry.v6only, other.v6only)
+
+
+def _overlap(a: bytes, b: bytes, a_six_only: bool, b_six_only: bool) -> bool:
+    """Would two sockets bound to these addresses get the same packets?"""
+    a, b = inet_diag.unmapped(a), inet_diag.unmapped(b)
+    if len(a) == len(b):
+        return a == b or not any(a) or not any(b)
+    six, six_only = (a, a_six_only) if len(a) == 16 else (b, b_six_only)
+    return not any(six) and not six_only
+
+
+def _taken(name: bytes) -> Unsupported:
+    return Unsupported(
+        f"{tcp.shown(name)} is in use by another process", hint="end it; `ss -anp` shows who it is"
+    )
+
+
+def _missing(name: bytes) -> Unsupported:
+    address = inet_diag.text(tcp.address_of_sockaddr(name)[0])
+    return Unsupported(
+        f"this machine has no address {address}", hint=f"add it first: ip address add {address}/… dev …"
+    )
+
+
+def _exists(local: bytes, peer: bytes) -> Unsupported:
+    return Unsupported(
+        f"TCP connection {tcp.shown(local)} - {tcp.shown(peer)} exists already",
+        hint="end the process that has it, or use --tcp-close",
+    )
+
+
+def _why(error: KernelError, local: bytes, peer: bytes) -> Exception:
+    """An error of bind(2) or connect(2) that says what is missing."""
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return Unsupported(f"there is no route to {tcp.shown(peer)}", hint="set up the network first")
+    if local and error.call == "bind" and error.errno == errno.EADDRNOTAVAIL:
+        return _missing(local)
+    if local and error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
+        return _exists(local, peer)
+    return error
+
+
+RESOURCE = Inet()

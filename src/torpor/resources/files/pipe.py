@@ -250,7 +250,8 @@ def _set_owner(fd: int, entry: Message) -> None:
         os.fchown(fd, entry.uid, entry.gid)
     if entry.HasField("mode"):
         if entry.mode != stat.S_IMODE(entry.mode):
-            raise ImageError("pipes-data.img", f"pipe {entry.pipe_id}: mode", f"{entry.mode:#o} is more than permissions")
+            why = f"{entry.mode:#o} is more than permissions"
+            raise ImageError("pipes-data.img", f"pipe {entry.pipe_id}: mode", why)
         os.fchmod(fd, entry.mode)
 
 
