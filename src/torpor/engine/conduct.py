@@ -243,12 +243,12 @@ class Conductor:
 
     def _set_state(self, thread: RestoredThread, cpu: Any) -> None:
         tid = thread.tid
-        template = ptrace.get_xstate(tid)
+        state = cpu.restore_fpu(thread.core.thread_info.fpregs, ptrace.get_xstate(tid), thread.image)
         with doing(f"{thread.image}: thread_info.fpregs"):
-            ptrace.set_xstate(tid, cpu.restore_fpu(thread.core.thread_info.fpregs, template, thread.image))
+            ptrace.set_xstate(tid, state)
+        regs = cpu.restored_regs(thread.core, thread.image)
+        restart.resume(thread.core, thread.image, regs, rebuilt=tid in self.rebuilt)
         with doing(f"{thread.image}: thread_info.gpregs"):
-            regs = cpu.restored_regs(thread.core, thread.image)
-            restart.resume(thread.core, thread.image, regs, rebuilt=tid in self.rebuilt)
             ptrace.set_regs(tid, regs)
         main = thread.tid == thread.task.pid
         mask = thread.core.tc.blk_sigset if main else thread.core.thread_core.blk_sigset
@@ -295,9 +295,9 @@ class Conductor:
     def abort(self) -> None:
         """Kill everything that was started."""
         stub.kill([pid for pid in self.started if pid not in self.ended])
-        # Those whose parents were not gone by then have become zombies of ours.
+        # Those that we did not trace any more, or that were their parents' zombies, have become our children by now.
         for pid in self.started:
             try:
-                os.waitpid(pid, ptrace.WALL | os.WNOHANG)
+                os.waitpid(pid, ptrace.WALL | (os.WNOHANG if pid in self.ended else 0))
             except ChildProcessError:
                 continue

@@ -38,6 +38,7 @@ class Btf:
         self._words = array("I", data[header + types : header + types + types_bytes])
         self._strings = data[header + strings : header + strings + strings_bytes]
         self._places = self._index()
+        self._found: dict[tuple[str, int], int] = {}
 
     def _index(self) -> list[int]:
         """Type id → its first word. Ids begin with 1; 0 is void."""
@@ -67,13 +68,14 @@ class Btf:
 
     def find(self, name: str, kind: int) -> int:
         """The id of the type called ``name``. Raises LookupError."""
-        at = -1
-        while (at := self._strings.find(name.encode() + b"\0", at + 1)) >= 0:
-            # The end of a longer name may stand for a name of its own.
-            for type_id in range(1, len(self._places)):
-                place = self._places[type_id]
-                if self._words[place] == at and self._kind(type_id) == kind:
-                    return type_id
+        key = name, kind
+        if key not in self._found:
+            at = self._strings.find(b"\0" + name.encode() + b"\0") + 1  # each string stands there once, and whole
+            words = self._words
+            ids = (index for index, place in enumerate(self._places) if words[place] == at and index)
+            self._found[key] = next((index for index in ids if self._kind(index) == kind), 0) if at else 0
+        if self._found[key]:
+            return self._found[key]
         raise LookupError(f"the kernel has no type {name}")
 
     def offset(self, path: str) -> int:
