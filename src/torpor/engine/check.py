@@ -133,7 +133,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "mnt_id": lambda: b"mnt_id:" in read(os.getpid(), "fdinfo/0"),
     "openat2": lambda: kerndat.knows("openat2", -1, b"\0", 0, 0),
     "tcp_half_closed": inet_probe.half_closed,
-    "net_diag_raw": inet_probe.raw_diag,
+    "net_diag_raw": inet_probe.raw,
     "ipv6_freebind": inet_probe.six_freebind,
     "sockopt_buf_lock": inet_probe.buffer_lock,
     "network_lock_nftables": inet_probe.nftables_lock,

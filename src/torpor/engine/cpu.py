@@ -84,6 +84,9 @@ def restore_fpu(fp: Message, template: bytes, image: str) -> bytes:
     Raises Unsupported when the image holds a component in use that this CPU does not have.
     """
     state = bytearray(template)
+    for name in ("cwd", "swd", "twd", "fop"):
+        if getattr(fp, name) >> 16:
+            raise ImageError(image, f"thread_info.fpregs.{name}", f"{getattr(fp, name):#x} has more than 16 bits")
     struct.pack_into("<4H2Q2I", state, 0, fp.cwd, fp.swd, fp.twd, fp.fop, fp.rip, fp.rdp, fp.mxcsr, fp.mxcsr_mask)
     if len(fp.st_space) < 32 or len(fp.xmm_space) < 64:
         raise ImageError(image, "thread_info.fpregs", "registers are missing")

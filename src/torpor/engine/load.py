@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from .. import limits
 from ..errors import ImageError
 from ..images.pages import Pages
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 IMAGE_VERSION = 2
 MACHINE_X86_64 = 1
 PID_MAX = 1 << 22
-SIGNAL_MAX = 64
+STOPPING = (0, 19, 20, 21, 22)  # absent, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
 ADDRESS_END = 0x7FFFFFFFF000
 PAGE = 4096
 
@@ -94,8 +96,8 @@ def _load_task(
         for field in ("thread_info", "thread_core"):
             if not thread.core.HasField(field):
                 raise ImageError(thread.image, field, "it is missing")
-    if not 0 <= task.core.tc.stop_signo <= SIGNAL_MAX:
-        raise ImageError(task.threads[0].image, "tc.stop_signo", f"{task.core.tc.stop_signo} is no signal")
+    if task.stopped and task.core.tc.stop_signo not in STOPPING:
+        raise ImageError(task.threads[0].image, "tc.stop_signo", f"{task.core.tc.stop_signo} does not stop a task")
     task.ids = reader.read_one(f"ids-{task.pid}")
     task.fs = reader.read_one(f"fs-{task.pid}")
     task.mm = reader.read_one(f"mm-{task.pid}")
@@ -135,6 +137,8 @@ def _check_mappings(task: RestoredTask) -> None:
         if not aligned or not end <= entry.start < entry.end <= ADDRESS_END:
             where = f"{entry.start:#x}-{entry.end:#x}"
             raise ImageError(f"mm-{task.pid}.img", f"vmas {index}", f"{where} is out of order or range")
+        if entry.fdflags > os.O_ACCMODE:
+            raise ImageError(f"mm-{task.pid}.img", f"vmas {index}: fdflags", f"{entry.fdflags:#x} is no way to open")
         end = entry.end
 
 

@@ -1,24 +1,26 @@
 """System calls that a dump interrupts: they go on afterwards, and wait for as long as was left of them.
 
-A stopped thread shows in its registers how the kernel means to go on with its call (include/linux/errno.h, the end of
-arch/x86/kernel/signal.c, arch_do_signal_or_restart()). Restored threads get the same registers, so that the kernel decides by its own rules, as
-when a signal is pending: EINTR if a handler runs, else the call is made again. Three kinds need more:
+The registers of a stopped thread show how the kernel means to go on with its call (include/linux/errno.h;
+arch/x86/kernel/signal.c, arch_do_signal_or_restart()). A restored thread gets the same registers, so that it is again
+the kernel that decides when the thread is let go: EINTR if a handler runs, else the call is made again. Three kinds
+need more:
 
-* ERESTART_RESTARTBLOCK, relative sleeps, poll and timed futex waits: the deadline lies in the kernel alone, in
-  task_struct.restart_block. It is read from there by BPF. A restored thread makes the call with what was left and is
-  interrupted at once, which has the kernel write a new restart block; then it goes on by restart_syscall(2), as before.
-  Times in the images are what is left, so that the time between dump and restore does not count.
-* EINTR from a call that was interrupted by our stop alone and would have given it for a stop by any debugger (signal(7)
-  lists them). It has done nothing yet, and is made again as if it had said ERESTARTNOHAND. With a signal
-  pending that will be acted on, or after a stop by job control, the EINTR is not of our making and stays.
-* Of those, epoll_wait(2) and epoll_pwait(2) get what is left as their argument, since a program that is dumped
-  again and again would never see its time run out. When they began to sleep tells their timer on the kernel's stack,
-  which is looked at before the stop. The fourth argument's register, %r10, is therefore not what it was; no function's
-  caller may rely on it. Calls whose time lies in memory (rt_sigtimedwait, semtimedop, epoll_pwait2, io_getevents) are
-  made again with the whole of it: the memory may be a constant of the program, used again and again.
+* ERESTART_RESTARTBLOCK, from relative sleeps, poll and timed futex waits: when they end is known to the kernel alone,
+  in task_struct.restart_block. A BPF program reads it. A restored thread makes the call with what was left and is
+  interrupted before it sleeps, so that the kernel writes a new restart block, and goes on by restart_syscall(2) as it
+  would have. The images hold what was left: the time between dump and restore does not count.
+* EINTR from a call that gives it for any stop, even without a handler (signal(7) has the list). It has done nothing
+  yet and goes on as if it had said ERESTARTNOHAND: so a signal that is pending still interrupts it, and we do not.
+  After a stop by job control the EINTR is the kernel's own, and stays.
+* Of those, epoll_wait(2) and epoll_pwait(2) go on with what is left as their argument; with the whole of it a program
+  that is dumped often would never see its time run out. What is left tells the timer on the kernel's stack, which
+  has to be read before the thread is stopped. This changes %r10, which belongs to nobody after a call by the C ABI.
+  Those whose time lies in memory or in a socket (rt_sigtimedwait, semtimedop, epoll_pwait2, recv) are made again with
+  the whole of it: the memory may be a constant that the program uses again and again.
 
-Where BPF is refused the calls of the first kind find what was left where they were told to leave it (nanosleep's second argument), or are made again with
-their whole time. select, pselect6 and ppoll have written what is left over their argument themselves.
+select, pselect6 and ppoll need nothing of this: they write what is left over their argument. Where BPF is refused,
+the first kind finds what is left where it was told to leave it (nanosleep's second argument), or waits for its whole
+time again.
 """
 
 from __future__ import annotations
@@ -53,7 +55,6 @@ SCRATCH_BYTES = 64  # that the restore leaves at the end of the arena, for a tim
 CODES = (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK)
 CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_TAI, TIMER_ABSTIME = 1, 7, 11, 1
 FUTEX_WAIT, FUTEX_WAIT_BITSET, FUTEX_CMD_MASK = 0, 9, 0x7F
-IGNORED_BY_DEFAULT = (17, 18, 23, 28)  # SIGCHLD SIGCONT SIGURG SIGWINCH
 
 SLEEPS = (NR["nanosleep"], NR["clock_nanosleep"])
 EPOLLS = (NR["epoll_wait"], NR["epoll_pwait"])
@@ -61,15 +62,15 @@ EPOLLS = (NR["epoll_wait"], NR["epoll_pwait"])
 REPEATABLE = {
     NR[name]
     for name in (
-        "epoll_wait epoll_pwait epoll_pwait2 rt_sigtimedwait semop semtimedop io_getevents io_pgetevents select pselect6 "
-        "ppoll recvfrom recvmsg recvmmsg sendto sendmsg sendmmsg accept accept4 connect read readv pread64 preadv "
-        "preadv2 write writev pwrite64 pwritev pwritev2"
+        "epoll_wait epoll_pwait epoll_pwait2 rt_sigtimedwait semop semtimedop io_getevents io_pgetevents select "
+        "pselect6 ppoll recvfrom recvmsg recvmmsg sendto sendmsg sendmmsg accept accept4 connect read readv pread64 "
+        "preadv preadv2 write writev pwrite64 pwritev pwritev2"
     ).split()
 }
 
 
 class Interrupted:
-    """A call to go on with: its number, the ERESTART* code, and for ERESTART_RESTARTBLOCK what is left, by which clock."""
+    """A call to go on with: its number, the ERESTART* code; for ERESTART_RESTARTBLOCK what is left, by which clock."""
 
     __slots__ = ("clock", "code", "left_ns", "number")
 
@@ -94,7 +95,7 @@ class Restarts:
         self._calls: dict[int, Interrupted] = {}
 
     def look(self, pids: Iterable[int]) -> None:
-        """Before the tree is stopped: find out what cannot be seen any more afterwards, and get ready to read the rest."""
+        """Before the tree is stopped: find out what cannot be seen afterwards, and get ready to read the rest."""
         for pid in pids:
             try:
                 for tid in numbers(pid, "task"):
@@ -130,7 +131,7 @@ class Restarts:
     def settle(self, thread: SourceThread) -> None:
         """Look at a stopped thread before anything runs in it; may change ``thread.regs``, which it will go on with."""
         regs = thread.regs
-        if regs.ax == _error(EINTR) and regs.orig_ax in REPEATABLE and not _will_act_on_a_signal(thread):
+        if regs.ax == _error(EINTR) and regs.orig_ax in REPEATABLE and not _stopped_before(thread):
             regs.ax = _error(ERESTARTNOHAND)
             if regs.orig_ax in EPOLLS:
                 self._shorten(thread)
@@ -165,7 +166,7 @@ class Restarts:
             _read_rest(thread, interrupted)
 
     def dump(self, thread: SourceThread, core: Message) -> user_regs_struct:
-        """Fill in thread_core.interrupted; returns the registers for readers who do not know it: stepped back onto the call."""
+        """Fill in thread_core.interrupted; returns registers for those who do not know it: the call is made again."""
         regs = thread.regs.copy()
         interrupted = self._calls.get(thread.tid)
         if interrupted is None:
@@ -222,16 +223,12 @@ def _waits_for_a_while(number: int, args: list[int]) -> bool:
     return number in EPOLLS and 0 < args[3] & 0xFFFFFFFF < 1 << 31
 
 
-def _will_act_on_a_signal(thread: SourceThread) -> bool:
-    """Is there a reason for EINTR other than us: a signal that is neither blocked nor ignored, or job control?"""
-    if thread.stop.by_group:
-        return True
-    status = thread.status
-    pending = (status.SigPnd | status.ShdPnd) & ~status.SigBlk & ~status.SigIgn
-    for number in IGNORED_BY_DEFAULT:
-        if not status.SigCgt >> (number - 1) & 1:
-            pending &= ~(1 << (number - 1))
-    return bool(pending)
+def _stopped_before(thread: SourceThread) -> bool:
+    """Was it interrupted by job control, not by us?
+
+    A call that has put a signal mask in force for its time is made again in any case, under that mask.
+    """
+    return thread.stop.by_group and thread.status.SigBlk == thread.sigmask
 
 
 class _WaitReader:
@@ -247,8 +244,8 @@ class _WaitReader:
         "ufds": "restart_block.poll.ufds",
         "nfds": "restart_block.poll.nfds",
         "has_timeout": "restart_block.poll.has_timeout",
-        "tv_sec": "restart_block.poll.tv_sec",
-        "tv_nsec": "restart_block.poll.tv_nsec",
+        "tv_sec": "restart_block.poll.tv_sec|restart_block.poll.end_time.tv_sec",
+        "tv_nsec": "restart_block.poll.tv_nsec|restart_block.poll.end_time.tv_nsec",
         "time": "restart_block.futex.time",
         "clockid": "restart_block.nanosleep.clockid",
         "expires": "restart_block.nanosleep.expires",
@@ -258,7 +255,7 @@ class _WaitReader:
         "timer_function": "hrtimer_sleeper.timer.function",
     }
     BLOCK_BYTES = 64
-    STACK_BYTES = 1024  # below what the wait's own function has there
+    STACK_BYTES = 1024  # the timer lies within the first 400; the rest is for other compilers
 
     def __init__(self) -> None:
         answers = btf.lookup(list(self.QUESTIONS.values()))
@@ -274,7 +271,7 @@ class _WaitReader:
         """One thread's wait; None if it cannot be had."""
         try:
             record = self._tasks.read(tid)
-        except KernelError as error:
+        except OSError as error:
             log.info(f"thread {tid}: what is left of its call cannot be read: {error}")
             return None
         return _Wait(record, self.at) if record is not None else None
@@ -309,7 +306,7 @@ class _Wait:
                     for name in ("timer_hard", "timer_soft", "timer_function")
                 )
                 slack = hard - soft
-                if function < 0 and 0 < soft and 0 <= slack < 10_000_000_000:  # a kernel address is negative
+                if function < 0 and soft > 0 and 0 <= slack < 10_000_000_000:  # a kernel address is negative
                     return int(soft)
             found = stack.find(needle, found + 1)
         return 0
@@ -318,7 +315,7 @@ class _Wait:
         return int(struct.unpack_from(f"<{form}", self._block, self._at[name])[0])
 
     def explain(self, regs: user_regs_struct, interrupted: Interrupted) -> None:
-        """Find out which call the restart block is of (a call that was restarted before does not say so any more), and what is left of it."""
+        """Fill in what is left of the call, and which one it is: one that was restarted before does not say so."""
         number = self._number_of(regs)
         if interrupted.number not in (number, NR["restart_syscall"]):
             return
@@ -396,7 +393,7 @@ def _begin(tid: int, call: user_regs_struct) -> bool:
     ptrace.resume(tid)
     while wait_stop(tid).event != ptrace.EVENT_STOP:
         ptrace.resume(tid)
-    return ptrace.get_regs(tid).ax == _error(ERESTART_RESTARTBLOCK)
+    return bool(ptrace.get_regs(tid).ax == _error(ERESTART_RESTARTBLOCK))
 
 
 def resume(core: Message, image: str, regs: user_regs_struct, *, rebuilt: bool) -> None:

@@ -22,7 +22,7 @@ from ..remote.program import Program
 from ..resources import fs, locks
 from ..resources import task as task_state
 from ..resources.base import BuildContext
-from ..resources.files import tty
+from ..resources.files import regular, tty
 from ..resources.fown import emit as emit_fown
 from ..undo import Undo
 from . import conduct, cpu, load, plan, restart, restore_memory
@@ -31,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ..images.schema import Message
     from ..options import Options
 
 SIGTRAP, SIGCHLD = 5, 17
@@ -187,8 +188,7 @@ class _Restore:
             if resource is None:
                 raise Unsupported(f"file {entry.id}: type {pb.fd_types.Name(entry.type)} cannot be restored yet")
             own = getattr(entry, resource.FIELD)
-            if own.id != entry.id:
-                raise ImageError("files.img", f"file {entry.id}: {resource.FIELD}: id", f"{own.id} is another file's")
+            _check_file(entry.id, resource.FIELD, own)
             self.ctx.files[entry.id] = (resource, own)
         for task in self.snapshot.tasks.values():
             for fd, file_id, _ in task.fds:
@@ -452,6 +452,17 @@ class _Restore:
         from .pidfile import write
 
         write(self.options, self.root_pid, self.ctx.on_failure)
+
+
+def _check_file(file_id: int, field: str, own: Message) -> None:
+    """Raise ImageError for what no entry of files.img can be."""
+    if own.id != file_id:
+        raise ImageError("files.img", f"file {file_id}: {field}: id", f"{own.id} is another file's")
+    if getattr(own, "flags", 0) >> 31:
+        raise ImageError("files.img", f"file {file_id}: {field}: flags", f"{own.flags:#x} cannot be")
+    position = getattr(own, "pos", 0)
+    if position >> 63 and position != regular.NO_POSITION:
+        raise ImageError("files.img", f"file {file_id}: {field}: pos", f"{position:#x} is beyond all files")
 
 
 def _in_image(error: ImageError, image: str) -> ImageError:

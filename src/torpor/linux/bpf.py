@@ -65,9 +65,7 @@ class Place:
 
 def _read(offset: int, size: int, at: int) -> bytes:
     """Copy ``size`` bytes from r7 + offset to the program's stack; zeros where nothing can be read."""
-    return (
-        _copy(R1, R10) + _add(R1, at) + _set(R2, size) + _copy(R3, R7) + _add(R3, offset) + _call(PROBE_READ_KERNEL)
-    )
+    return _copy(R1, R10) + _add(R1, at) + _set(R2, size) + _copy(R3, R7) + _add(R3, offset) + _call(PROBE_READ_KERNEL)
 
 
 def _write(size: int, at: int) -> bytes:
@@ -95,7 +93,7 @@ def program(places: Sequence[Place]) -> bytes:
 
 
 class TaskRecord:
-    """What was read: when (ns of CLOCK_MONOTONIC and CLOCK_BOOTTIME of the host), the task's address, and each place."""
+    """What was read: when (ns of the host's CLOCK_MONOTONIC and CLOCK_BOOTTIME), the task's address, and the places."""
 
     __slots__ = ("address", "boottime", "fields", "monotonic")
 

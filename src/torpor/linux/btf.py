@@ -79,7 +79,7 @@ class Btf:
         raise LookupError(f"the kernel has no type {name}")
 
     def offset(self, path: str) -> int:
-        """Where ``struct.field.field`` lies in the struct, in bytes; unions and structs without a name are looked through.
+        """Where ``struct.field.field`` lies in the struct, in bytes; what has no name is looked through.
 
         Raises LookupError.
         """
@@ -116,6 +116,7 @@ class Btf:
 def lookup(questions: Sequence[str]) -> dict[str, int]:
     """What the running kernel answers to each question: ``struct.field`` is an offset, ``func()`` the id of a function.
 
+    In ``a|b`` the first that exists is taken: a field has got another name.
     Raises Unsupported when the kernel has no BTF or no answer.
     """
     known = _remembered()
@@ -132,6 +133,12 @@ def lookup(questions: Sequence[str]) -> dict[str, int]:
 
 
 def _ask(btf: Btf, question: str) -> int:
+    first, _, others = question.partition("|")
+    if others:
+        try:
+            return _ask(btf, first)
+        except LookupError:
+            return _ask(btf, others)
     return btf.find(question[:-2], FUNC) if question.endswith("()") else btf.offset(question)
 
 

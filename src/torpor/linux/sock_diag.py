@@ -48,6 +48,10 @@ def ask(body: bytes) -> Iterator[bytes]:
             while at < len(data):
                 size, kind, flags, _, _ = _HEAD.unpack_from(data, at)
                 if kind == NLMSG_DONE:
+                    # A protocol that the kernel has no module for is told at the end of an empty list.
+                    (number,) = struct.unpack_from("=i", data, at + _HEAD.size)
+                    if number < 0:
+                        raise KernelError("sock_diag", -number)
                     return
                 if kind == NLMSG_ERROR:
                     (number,) = struct.unpack_from("=i", data, at + _HEAD.size)

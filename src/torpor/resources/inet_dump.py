@@ -9,13 +9,21 @@ from .. import log
 from ..errors import KernelError, Unsupported, doing
 from ..images import schema as pb
 from ..linux import inet_diag, sockets
-from ..linux.kernel import pidfd_getfd
 from ..linux.call import buffer, call
 from ..linux.inet_diag import AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
+from ..linux.kernel import pidfd_getfd
 from ..proc.read import numbers
 from . import inet_options, network_lock, sockopts, tcp
 from .base import unsupported
-from .inet_options import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_UDPLITE, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, number
+from .inet_options import (
+    IPPROTO_ICMP,
+    IPPROTO_ICMPV6,
+    IPPROTO_UDPLITE,
+    SOCK_DGRAM,
+    SOCK_RAW,
+    SOCK_STREAM,
+    number,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ SUPPORTED = {
     SOCK_DGRAM: (IPPROTO_UDP, IPPROTO_UDPLITE, IPPROTO_ICMP, IPPROTO_ICMPV6),
 }
 _READ, _WRITE, _BOTH = 1, 2, 3
+_TRIES = 64
 
 
 class Kind:
@@ -55,8 +64,12 @@ def check(source: SourceFile, ctx: DumpContext) -> None:
     fd = source.borrow()
     kind = Kind(fd)
     if kind.type != SOCK_RAW and kind.protocol not in SUPPORTED.get(kind.type, ()):
-        hint = "with Go, run the program with GODEBUG=multipathtcp=0" if kind.protocol == IPPROTO_MPTCP else ""
-        name = {IPPROTO_MPTCP: "MPTCP", 132: "SCTP", 33: "DCCP"}.get(kind.protocol, f"protocol {kind.protocol}")
+        hint = (
+            "with Go, run the program with GODEBUG=multipathtcp=0" if kind.protocol == IPPROTO_MPTCP else ""
+        )
+        name = {IPPROTO_MPTCP: "MPTCP", 132: "SCTP", 33: "DCCP"}.get(
+            kind.protocol, f"protocol {kind.protocol}"
+        )
         raise unsupported(source, f"sockets of {name} are not supported", hint=hint)
     if kind.type == SOCK_DGRAM and kind.protocol in (IPPROTO_UDP, IPPROTO_UDPLITE):
         if number(fd, kind.protocol, inet_options.UDP_CORK):
@@ -177,7 +190,9 @@ def _others(fd: int, entry: Message, kind: Kind, ctx: DumpContext) -> None:
         entry.state = ESTABLISHED
     waiting = _waiting(fd)
     if waiting:
-        log.warning(f"the datagram of {waiting} bytes that waits in socket {entry.ino}, and others, are dropped")
+        log.warning(
+            f"the datagram of {waiting} bytes that waits in socket {entry.ino}, and others, are dropped"
+        )
     if kind.protocol in (IPPROTO_UDP, IPPROTO_UDPLITE):
         shown = _diag(ctx, kind.protocol).get(entry.ino)
         entry.shutdown = shown.shutdown if shown else _poll(fd)
@@ -222,13 +237,14 @@ def _poll(fd: int) -> int:
 class _Taken:
     """A connection as it was taken down."""
 
-    __slots__ = ("entry", "fd", "saved")
+    __slots__ = ("entry", "fd", "saved", "sizes")
 
     def __init__(self, fd: int, entry: Message) -> None:
         self.fd = fd
         #: Its options, which repair mode changes.
         self.entry = entry
         self.saved: tuple[Message, bytes, bytes, int] | None = None
+        self.sizes: tuple[int, ...] = ()
 
 
 def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, state: int) -> None:
@@ -341,18 +357,21 @@ def _sockets_of(pid: int) -> list[tuple[int, int]]:
 
 def _take(one: _Taken) -> None:
     tcp.repair(one.fd, on=True)
+    _read(one)
+
+
+def _read(one: _Taken) -> None:
     one.saved = tcp.save(one.fd)
+    one.sizes = tcp.sizes(one.fd)
 
 
 def _settle(pairs: list[_Taken]) -> None:
-    """Read again what still moved between two ends of the tree as one of them had been read."""
-    for _ in range(64):
-        moved = [one for one in pairs if one.saved is not None and one.saved[0].outq_len]
-        again = [one for one in moved if tcp.save(one.fd) != one.saved]
-        if not again:
+    """Read again what moved between two ends of the tree after one of them had been read."""
+    for _ in range(_TRIES):
+        if all(tcp.sizes(one.fd) == one.sizes for one in pairs):
             return
         for one in pairs:
-            one.saved = tcp.save(one.fd)
+            _read(one)
     raise Unsupported("connections within the tree do not come to rest", hint="try again")
 
 

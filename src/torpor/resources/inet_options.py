@@ -122,7 +122,7 @@ def _dump_ip(fd: int, entry: Message) -> None:
     for field, option in (
         ("freebind", IPV6_FREEBIND if six else IP_FREEBIND),
         ("pktinfo", IPV6_RECVPKTINFO if six else IP_PKTINFO),
-        *((() if six else (("tos", IP_TOS), ("ttl", IP_TTL)))),
+        *(() if six else (("tos", IP_TOS), ("ttl", IP_TTL))),
     ):
         value = number(fd, level, option)
         if value:
@@ -134,17 +134,9 @@ def _dump_ip(fd: int, entry: Message) -> None:
             raw.hdrincl = True
         if not six and number(fd, SOL_IP, IP_NODEFRAG):
             raw.nodefrag = True
-        kept = get(fd, *_icmp_filter(entry), 32 if six else 4) if _icmp_filter(entry) else None
-        if kept:
+        kept = get(fd, SOL_ICMPV6 if six else SOL_RAW, ICMP_FILTER, 32 if six else 4)
+        if kept and entry.proto == (IPPROTO_ICMPV6 if six else IPPROTO_ICMP):
             raw.icmpv_filter.extend(struct.unpack(f"={len(kept) // 4}I", kept))
-
-
-def _icmp_filter(entry: Message) -> tuple[int, int] | tuple[()]:
-    if entry.family == AF_INET6 and entry.proto == IPPROTO_ICMPV6:
-        return SOL_ICMPV6, ICMP_FILTER
-    if entry.family == AF_INET and entry.proto == IPPROTO_ICMP:
-        return SOL_RAW, ICMP_FILTER
-    return ()
 
 
 def _dump_tcp(fd: int, options: Message) -> None:
@@ -236,8 +228,13 @@ def restore(fd: int, entry: Message) -> None:
             put(fd, SOL_IP if field in ("tos", "ttl") else level, option, int(getattr(options, field)))
     if options.HasField("raw") and entry.type == SOCK_RAW:
         raw = options.raw
-        if raw.icmpv_filter and _icmp_filter(entry):
-            put(fd, *_icmp_filter(entry), struct.pack(f"={len(raw.icmpv_filter)}I", *raw.icmpv_filter))
+        if raw.icmpv_filter:
+            put(
+                fd,
+                SOL_ICMPV6 if six else SOL_RAW,
+                ICMP_FILTER,
+                struct.pack(f"={len(raw.icmpv_filter)}I", *raw.icmpv_filter),
+            )
         if raw.HasField("nodefrag"):
             put(fd, SOL_IP, IP_NODEFRAG, int(raw.nodefrag))
         if raw.HasField("hdrincl"):

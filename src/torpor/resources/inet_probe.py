@@ -22,15 +22,11 @@ def half_closed() -> bool:
         os.close(fd)
 
 
-def raw_diag() -> bool:
-    """Does sock_diag show raw sockets?"""
-    from ..linux.inet_diag import sockets as shown
-
-    fd = sockets.socket(AF_INET, SOCK_RAW, IPPROTO_RAW)
-    try:
-        return any(one.ino == os.fstat(fd).st_ino for one in shown(IPPROTO_RAW, family=AF_INET))
-    finally:
-        os.close(fd)
+def raw() -> bool:
+    """Can raw sockets be looked at? All that we want of one, it tells itself."""
+    os.close(sockets.socket(AF_INET, SOCK_RAW, IPPROTO_RAW))
+    os.close(sockets.socket(AF_INET6, SOCK_RAW, IPPROTO_RAW))
+    return True
 
 
 def six_freebind() -> bool:

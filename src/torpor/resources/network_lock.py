@@ -126,7 +126,9 @@ def _run(command: list[str], given: str = "") -> tuple[int, str]:
 def _nft(script: str, *, missing_ok: bool = False) -> None:
     program = _find("nft")
     if program is None:
-        raise Unsupported("the network lock cannot be lifted: there is no program `nft`", hint="install nftables")
+        raise Unsupported(
+            "the network lock cannot be lifted: there is no program `nft`", hint="install nftables"
+        )
     code, said = _run([program, "-f", "-"], script)
     if not code or (missing_ok and "No such file or directory" in said):
         return

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TCP_MAXSEG, TCP_INFO, TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS = 2, 11, 19, 20, 21, 22
 TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 24, 29
 NO_QUEUE, RECV_QUEUE, SEND_QUEUE = 0, 1, 2
+OFF_IN_SILENCE = -1  # out of repair mode without a packet to the peer
 TCPI_OPT_TIMESTAMPS, TCPI_OPT_SACK, TCPI_OPT_WSCALE = 1, 2, 4
 # TCP's own numbers of its options
 _MSS, _WINDOW, _SACK_PERMITTED, _TIMESTAMP = 2, 3, 4, 8
@@ -41,6 +42,7 @@ _FIN, _ACK = 1, 16
 _WINDOW_FIELDS = ("snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
 _CHUNK_BYTES = 1 << 16  # one linear buffer in the kernel
 _BUFFER_BYTES_MAX = (1 << 30) - 1
+_TRIES = 64
 
 #: Our FIN was sent, before and after the peer's; the peer has acknowledged it.
 FIRST_FIN = (states.FIN_WAIT1, states.FIN_WAIT2, states.CLOSING)
@@ -91,16 +93,16 @@ def save(fd: int) -> tuple[Message, bytes, bytes, int]:
 
     Raises Unsupported when it cannot be read.
     """
-    for _ in range(16):
-        before = _sizes(fd)
+    for _ in range(_TRIES):
+        before = sizes(fd)
         found = _save(fd)
-        if _sizes(fd) == before:
+        if found is not None and sizes(fd) == before:
             return found
     raise Unsupported("the connection does not come to rest", hint="use --network-lock nftables, not skip")
 
 
-def _sizes(fd: int) -> tuple[int, ...]:
-    """What moves as long as packets do."""
+def sizes(fd: int) -> tuple[int, ...]:
+    """What moves as long as packets do, while nobody reads and writes: the state, and how much is in the queues."""
     state = Info(fd).state
     return (state, *(_queued(fd, what) for what in (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD)))
 
@@ -111,7 +113,7 @@ def _queued(fd: int, request: int) -> int:
     return int.from_bytes(fcntl.ioctl(fd, request, bytes(4)), "little")
 
 
-def _save(fd: int) -> tuple[Message, bytes, bytes, int]:
+def _save(fd: int) -> tuple[Message, bytes, bytes, int] | None:
     info = Info(fd)
     received, sending, unsent = (_queued(fd, what) for what in (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD))
     if info.state == states.CLOSE:
@@ -134,6 +136,8 @@ def _save(fd: int) -> tuple[Message, bytes, bytes, int]:
     entry.inq_seq, to_read = _read_queue(fd, RECV_QUEUE, received)
     entry.outq_seq, to_send = _read_queue(fd, SEND_QUEUE, sending)
     put(fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+    if (len(to_read), len(to_send)) != (received, sending):
+        return None  # an acknowledgement came in between
     return entry, to_read, to_send, info.state
 
 
@@ -144,10 +148,7 @@ def _read_queue(fd: int, queue: int, size: int) -> tuple[int, bytes]:
     if not size:
         return sequence, b""
     with sockets.Socket(fd) as sock:
-        data = sock.recv(size + 1, sockets.MSG_PEEK | sockets.MSG_DONTWAIT)
-    if len(data) != size:
-        raise Unsupported(f"{len(data)} bytes are in a queue that is said to hold {size}")
-    return sequence, data
+        return sequence, sock.recv(size + 1, sockets.MSG_PEEK | sockets.MSG_DONTWAIT)
 
 
 # ---------------------------------------------------------------------- restore
@@ -163,7 +164,14 @@ class Connection:
     __slots__ = ("entry", "fd", "local", "peer", "sending", "stream", "unsent")
 
     def __init__(
-        self, fd: int, entry: Message, local: bytes, peer: bytes, stream: Message, to_read: bytes, to_send: bytes
+        self,
+        fd: int,
+        entry: Message,
+        local: bytes,
+        peer: bytes,
+        stream: Message,
+        to_read: bytes,
+        to_send: bytes,
     ) -> None:
         self.fd = fd
         self.entry = entry
@@ -195,7 +203,7 @@ class Connection:
     @property
     def unsent_fin(self) -> bool:
         """Does our FIN follow data that was not sent yet?"""
-        return bool(self.unsent) and self.entry.state in (*FIRST_FIN, states.LAST_ACK)
+        return bool(self.unsent) and self.entry.state in (*FIRST_FIN, *SECOND_FIN)
 
     def build(self, to_read: bytes) -> None:
         """Everything that does not make the socket send."""
@@ -218,6 +226,12 @@ class Connection:
         self._set_options()
         self._fill(RECV_QUEUE, to_read)
         self._fill(SEND_QUEUE, self.sending)
+        if self.unsent_fin:
+            # As long as we know of no window of the peer's nothing is sent.
+            put(fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+            put(fd, SOL_TCP, TCP_REPAIR, OFF_IN_SILENCE)
+            _write(fd, self.unsent)
+            repair(fd, on=True)
         self._set_window()
         self._close_as_it_was()
 
@@ -251,11 +265,12 @@ class Connection:
 
     def _close_as_it_was(self) -> None:
         state, stream = self.entry.state, self.stream
-        if state in FIRST_FIN and not self.unsent_fin:
+        if state in FIRST_FIN:
             self._send_fin()
         if state in FIN_CAME:
-            self._inject(_FIN | _ACK, stream.inq_seq, stream.outq_seq - len(self.sending))
-        if state in SECOND_FIN and not self.unsent_fin:
+            acknowledged = stream.outq_seq - len(self.sending) - len(self.unsent)
+            self._inject(_FIN | _ACK, stream.inq_seq, acknowledged)
+        if state in SECOND_FIN:
             self._send_fin()
         if state in FIN_ACKED:
             received = stream.inq_seq + (state in FIN_CAME)
@@ -263,7 +278,7 @@ class Connection:
 
     def _send_fin(self) -> None:
         """Our FIN, as one that was sent: for the send queue under repair nothing goes out."""
-        put(self.fd, SOL_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
+        put(self.fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE if self.unsent_fin else SEND_QUEUE)
         try:
             sockets.shutdown(self.fd, 1)
         except KernelError as error:
@@ -285,10 +300,11 @@ class Connection:
             _let_packets_in(fd)
             repair(fd, on=False)
         inet_options.restore_tcp(fd, self._options())
-        if self.unsent:
-            _write(fd, self.unsent)
         if self.unsent_fin:
-            sockets.shutdown(fd, 1)
+            put(fd, SOL_TCP, inet_options.TCP_NODELAY, 1)  # which sends what waits
+            put(fd, SOL_TCP, inet_options.TCP_NODELAY, int(self._options().nodelay))
+        elif self.unsent:
+            _write(fd, self.unsent)
         sockopts.restore(fd, entry.opts)
 
     def _options(self) -> Message:
@@ -369,7 +385,9 @@ def shown(name: bytes) -> str:
     return f"[{written}]:{port}" if ":" in written else f"{written}:{port}"
 
 
-def send_packet(source: bytes, target: bytes, flags: int, sequence: int, acknowledged: int, window: int) -> None:
+def send_packet(
+    source: bytes, target: bytes, flags: int, sequence: int, acknowledged: int, window: int
+) -> None:
     """Send one TCP segment without data that seems to come from ``source`` (struct sockaddr) to us, ``target``."""
     sport, dport = address_of_sockaddr(source)[1], address_of_sockaddr(target)[1]
     there, here = unmapped(address_of_sockaddr(source)[0]), unmapped(address_of_sockaddr(target)[0])
@@ -398,7 +416,7 @@ def send_packet(source: bytes, target: bytes, flags: int, sequence: int, acknowl
 
 def _sum(data: bytes) -> int:
     """The Internet checksum before it is inverted (RFC 1071)."""
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total

@@ -18,7 +18,15 @@ from ...linux.inet_diag import AF_INET, AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TC
 from .. import inet_dump, inet_options, sockopts, tcp
 from ..base import FileResource
 from ..fown import set_flags
-from ..inet_options import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_UDPLITE, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, put
+from ..inet_options import (
+    IPPROTO_ICMP,
+    IPPROTO_ICMPV6,
+    IPPROTO_UDPLITE,
+    SOCK_DGRAM,
+    SOCK_RAW,
+    SOCK_STREAM,
+    put,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,8 +77,9 @@ class _Maker:
         self.inventory = inventory or pb.inventory_entry()
         self.close = ctx.options.tcp_close or self.inventory.tcp_close
         self.connections: list[tcp.Connection] = []
-        #: Sockets that could be bound only when others were let share with them, and what they had.
+        #: Those that share a port for as long as it takes to bind another, and all by their port.
         self.shared: list[Message] = []
+        self.by_port: dict[tuple[int, int], list[tuple[int, Message]]] = {}
 
     def make(self, entry: Message) -> int:
         fd = sockets.socket(entry.family, entry.type, entry.proto)
@@ -94,6 +103,7 @@ class _Maker:
         local, peer = names(entry)
         if _is_bound(entry):
             self._bind(fd, entry, local)
+            self.by_port.setdefault((entry.proto, entry.src_port), []).append((fd, entry))
         if entry.state == LISTEN:
             if not _is_tcp(entry):
                 raise ImageError("files.img", f"file {entry.id}: state", "only TCP listens")
@@ -152,11 +162,12 @@ class _Maker:
                 raise _taken(names(entry)[0]) from None
 
     def _share(self, fd: int, entry: Message) -> None:
-        """Let it have the port together with another socket of the tree. It had been bound before that one
-        was there, or before either forbade it."""
-        for option in (sockopts.SO_REUSEADDR, sockopts.SO_REUSEPORT):
-            put(fd, sockets.SOL_SOCKET, option, 1)
-        self.shared.append(entry)
+        """Let it have the port together with other sockets of the tree. Once it was bound before they were
+        there, or before either forbade it."""
+        for one, other in [(fd, entry), *self.by_port.get((entry.proto, entry.src_port), ())]:
+            for option in (sockopts.SO_REUSEADDR, sockopts.SO_REUSEPORT):
+                put(one, sockets.SOL_SOCKET, option, 1)
+            self.shared.append(other)
 
     def finish(self) -> None:
         """All sockets are made: those that had to share for it get their own options back."""

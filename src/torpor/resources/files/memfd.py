@@ -63,6 +63,9 @@ class Memfd(FileResource):
         if given is not None:
             return os.dup(given)
         fd = _open_description(_made(ctx, entry.inode_id), entry.flags)
+        if entry.pos >> 63:
+            os.close(fd)
+            raise ImageError("files.img", f"file {entry.id}: memfd: pos", f"{entry.pos:#x} is beyond all files")
         os.lseek(fd, entry.pos, os.SEEK_SET)
         return fd
 
