@@ -129,7 +129,7 @@ def test_a_word_too_many_for_a_switch_is_noted() -> None:
         ("exec-cmd\n", "line 1: `exec-cmd` has no place"),
         ("dump\n", "line 1: there is no option --dump"),
         ("lea\n", "line 1: --lea may mean any of"),
-        ("share-pages\n", "line 1: there is no option"),
+        ("explain\n", "line 1: there is no option"),
     ],
 )
 def test_a_file_that_makes_no_sense(text: str, message: str) -> None:

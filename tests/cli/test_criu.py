@@ -55,7 +55,8 @@ def test_help(criu, words: list[str]) -> None:
     assert done.err == ""
     assert "-t, --tree PID" in done.out
     assert all(len(line) <= 100 for line in done.out.splitlines())
-    assert "--share-pages" not in done.out
+    assert "share-pages" in done.out
+    assert "--explain" not in done.out
 
 
 def test_help_of_the_command_to_execute_is_not_ours(criu) -> None:

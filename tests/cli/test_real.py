@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kit import Target, Targets, wait_until
+from kit.files import slurp_text
 
 from .conftest import environment
 
@@ -58,6 +59,7 @@ def test_torpor_restore_passes_on_a_signal(torpor, target: Target, images: str) 
     target.wait_gone()
     with subprocess.Popen(torpor.argv("restore", images), env=environment()) as command:
         wait_until("the process is back", target.alive)
+        wait_until("it has been let go", lambda: "TracerPid:\t0" in slurp_text(f"/proc/{target.pid}/status"))
         wait_until("the command waits", lambda: waits(command.pid))
         command.send_signal(signal.SIGTERM)
         assert command.wait(timeout=30) == 9

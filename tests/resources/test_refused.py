@@ -53,7 +53,6 @@ def test_it_is_named_before_anything_is_frozen(name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        (socket.AF_UNIX, socket.SOCK_STREAM),
         (socket.AF_INET, socket.SOCK_STREAM),
         (socket.AF_INET6, socket.SOCK_DGRAM),
         (socket.AF_NETLINK, socket.SOCK_RAW),

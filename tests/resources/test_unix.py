@@ -30,7 +30,8 @@ def drain(s, size=1 << 20):
         if not data and s.type == STREAM: return found + [b"END"]
         found.append(data)
 def state(s):
-    return [s.getsockopt(SOL_SOCKET, o) for o in range(1, 84) if o not in (3, 4, 17, 31, 59, 77, 4, 13, 20, 21, 28) and get(s, o)]
+    skipped = (3, 4, 13, 17, 20, 21, 28, 31, 59, 77)
+    return [s.getsockopt(SOL_SOCKET, o) for o in range(1, 84) if o not in skipped and get(s, o)]
 def get(s, o):
     try: s.getsockopt(SOL_SOCKET, o); return True
     except OSError: return False
@@ -157,7 +158,8 @@ for fd in fds: os.close(fd)
         """
 same("names", [s.getsockname() for s in all_of], names)
 fds = [fcntl.ioctl(s.fileno(), 0x89e0) for s in all_of[:-1]]
-same("gone", [os.readlink(f"/proc/self/fd/{fd}").endswith("(deleted)") for fd in fds], [True, True, False, True, False, False, True])
+gone = [os.readlink(f"/proc/self/fd/{fd}").endswith("(deleted)") for fd in fds]
+same("gone", gone, [True, True, False, True, False, False, True])
 to_first.send(b"to first"); same("first", drain(first), [b"to first"])
 s = socket(AF, DGRAM)
 s.sendto(b"3", "same"); same("third", drain(third), [b"3"])
@@ -165,11 +167,9 @@ s.sendto(b"m", "e/final"); same("moved", drain(moved), [b"m"])
 s.sendto(b"d", here + "/dotted"); same("dotted", drain(dotted), [b"d"])
 same("mode", stat.S_IMODE(os.stat("same").st_mode), 0o600)
 same("file", open("over").read(), "a file")
-same("left", sorted(os.listdir(".") + os.listdir("e")), sorted(before_names))
-""".replace(
-            "sorted(before_names)",
-            "sorted(n for n in ['e', 'same', 'over', 'dotted', 'final', 'ready', 'go', 'stdout'])",
-        ),
+left = sorted(os.listdir(".") + os.listdir("e"))
+same("left", left, sorted(["e", "same", "over", "dotted", "final", "ready", "go", "stdout"]))
+""",
     )
 
 
@@ -178,7 +178,7 @@ def test_descriptors_in_flight(trip) -> None:
         """
 def give(s, data, *fds): s.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, array.array("i", fds))])
 a, b = socketpair(AF, STREAM)
-a.send(b"plain"); 
+a.send(b"plain")
 r, w = os.pipe(); os.write(w, b"in the pipe")
 file = os.open("file", os.O_CREAT | os.O_RDWR); os.write(file, b"0123456789"); os.lseek(file, 4, 0)
 give(a, b"fds", r, file)
@@ -216,9 +216,9 @@ def test_closed_and_half_closed(trip) -> None:
         """
 a, b = socketpair(AF, STREAM); a.send(b"last"); a.shutdown(SHUT_WR)
 c, d = socketpair(AF, STREAM); c.send(b"left"); c.close()
-e, f = socketpair(AF, PACKET); f.send(b"unread"); f.recv(1, MSG_PEEK); e.send(b"kept"); e.close()
+e, f = socketpair(AF, PACKET); f.send(b"unread by e"); e.send(b"kept"); e.close()
 g, h = socketpair(AF, STREAM); g.send(b"unread by h"); h.send(b"to g"); h.close()
-i, j = socketpair(AF, DGRAM); i.shutdown(SHUT_RD); j.close()
+i, j = socketpair(AF, DGRAM); j.close()
 k = socket(AF, DGRAM); k.shutdown(SHUT_RDWR)
 m, n = socketpair(AF, DGRAM); m.send(b"bye"); m.close()
 """,
@@ -227,21 +227,14 @@ same("a", drain(b), [b"last", b"END"]); b.send(b"x"); same("b", a.recv(9), b"x")
 try: a.send(b"x"); errors.append("a sends")
 except BrokenPipeError: pass
 same("d", drain(d), [b"left", b"END"])
-for s, left in ((f, None), (g, None)):
-    s.setblocking(False)
-    try: errors.append(f"no reset: {s.recv(100)}")
-    except ConnectionResetError: pass
-""".replace(
-            'for s, left in ((f, None), (g, None)):\n    s.setblocking(False)\n    try: errors.append(f"no reset: {s.recv(100)}")\n    except ConnectionResetError: pass\n',
-            """same("f", f.getsockopt(SOL_SOCKET, SO_ERROR), errno.ECONNRESET); same("f", f.recv(9), b"kept"); same("f", f.recv(9), b"")
+same("f", f.getsockopt(SOL_SOCKET, SO_ERROR), errno.ECONNRESET); same("f", [f.recv(9), f.recv(9)], [b"kept", b""])
 same("g", g.getsockopt(SOL_SOCKET, SO_ERROR), errno.ECONNRESET); same("g", drain(g), [b"to g", b"END"])
+same("no error", d.getsockopt(SOL_SOCKET, SO_ERROR), 0)
 try: i.send(b"x"); errors.append("i sends")
 except ConnectionRefusedError: pass
-try: k.sendto(b"x", "nowhere"); errors.append("k sends")
-except OSError as error: same("k", error.errno in (errno.EPIPE, errno.ENOENT), True)
+same("k", k.recv(9), b"")
 same("n", drain(n), [b"bye"])
 """,
-        ),
     )
 
 
@@ -250,8 +243,10 @@ def test_datagrams_know_their_senders(trip) -> None:
         """
 os.mkdir("d")
 def bound(name): s = socket(AF, DGRAM); s.bind(name); return s
-sink = bound("d/sink"); alive = bound("d/alive"); dead = bound("d/dead"); hidden = bound(b"\\0torpor-hidden-%d" % os.getpid())
+sink = bound("d/sink"); alive = bound("d/alive"); dead = bound("d/dead")
+hidden = bound(b"\\0torpor-hidden-%d" % os.getpid())
 credulous = bound("d/cred"); credulous.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
+os.chmod("d/cred", 0o777)
 for s in (alive, dead, hidden): s.sendto(b"from", "d/sink")
 socket(AF, DGRAM).sendto(b"nobody", "d/sink")
 dead.close(); os.unlink("d/dead")
@@ -268,7 +263,8 @@ itself = bound("d/itself"); itself.connect("d/itself"); itself.send(b"me")
         """
 sink.setblocking(False)
 hid = hidden.getsockname()
-same("senders", [sink.recvfrom(99) for _ in range(4)], [(b"from", "d/alive"), (b"from", "d/dead"), (b"from", hid), (b"nobody", None)])
+who = [(b"from", "d/alive"), (b"from", "d/dead"), (b"from", hid), (b"nobody", None)]
+same("senders", [sink.recvfrom(99) for _ in range(4)], who)
 data, control, _, _ = credulous.recvmsg(99, 999)
 same("cred", [(data, struct.unpack("iII", c)) for _, _, c in control], [(b"of a child", (pid, 6, 8))])
 same("mutual", drain(mutual), [b"%d" % n for n in range(20)])
@@ -286,7 +282,8 @@ def test_options(trip) -> None:
     trip(
         """
 a, b = socketpair(AF, STREAM)
-for option, value in ((SO_SNDBUF, 5000), (SO_RCVBUF, 300000), (SO_PRIORITY, 3), (SO_RCVLOWAT, 7), (SO_PASSCRED, 1),
+for option, value in (
+    (SO_SNDBUF, 5000), (SO_RCVBUF, 300000), (SO_PRIORITY, 3), (SO_RCVLOWAT, 7), (SO_PASSCRED, 1),
     (SO_BROADCAST, 1), (SO_OOBINLINE, 1), (SO_KEEPALIVE, 1), (SO_MARK, 99), (SO_REUSEADDR, 1), (29, 1), (42, 3), (5, 1)):
     a.setsockopt(SOL_SOCKET, option, value)
 a.setsockopt(SOL_SOCKET, SO_RCVTIMEO, struct.pack("ll", 5, 250000))
@@ -298,10 +295,10 @@ a.setsockopt(SOL_SOCKET, 26, struct.pack("HP", 2, program.buffer_info()[0]))
 os.set_blocking(b.fileno(), False)
 fcntl.fcntl(b, 8, os.getpid()); fcntl.fcntl(b, 10, 40)
 def times(s): return [s.getsockopt(SOL_SOCKET, o, 16) for o in (SO_RCVTIMEO, SO_SNDTIMEO, SO_LINGER)]
-before = state(a), state(b), times(a), a.getsockopt(SOL_SOCKET, 26, 64) if False else None
+before = state(a), state(b), times(a)
 """,
         """
-same("options", (state(a), state(b), times(a)), before[:3])
+same("options", (state(a), state(b), times(a)), before)
 same("flags", os.get_blocking(b.fileno()), False)
 same("owner", (fcntl.fcntl(b, 9), fcntl.fcntl(b, 11)), (os.getpid(), 40))
 """,

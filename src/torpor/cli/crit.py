@@ -18,10 +18,11 @@ ROWS = (
     Option("nopl", "", "", "", "flag", "", "*", "leave out the data behind entries"),
     Option("help", "h", "", "", "flag", "", "*", "show this text"),
 )
-USAGE = "torpor crit decode|encode [-i FILE] [-o FILE], torpor crit show|info FILE, torpor crit x DIR ps|fds|mems|rss"
+USAGE = "torpor crit decode|encode [-i FILE] [-o FILE] | show|info FILE | x DIR ps|fds|mems|rss"
 TEXT = """\
 Turns one image file into JSON (decode), JSON into an image (encode), shows an image (show: decode
-with --pretty), or says what it is (info). x shows what a whole set holds: processes, files, mappings. The JSON is that of CRIU's crit.
+with --pretty), or says what it is (info). x shows what a whole set holds: its processes, files,
+mappings. The JSON is that of CRIU's crit.
 """
 EXAMPLES = """\
   torpor crit show /snap/core-4242.img

@@ -66,8 +66,8 @@ class Grammar:
 
 
 def criu_grammar() -> Grammar:
-    """The grammar of the ``criu`` command: the whole table without what is ours."""
-    return Grammar(row for row in TABLE if not row.ours)
+    """The grammar of the ``criu`` command: the whole table, of what is ours only what it cannot do without."""
+    return Grammar(row for row in TABLE if not row.ours or row.long == "share-pages")
 
 
 def scan(

@@ -124,5 +124,5 @@ Examples:
 def criu_help(version: str) -> str:
     """The whole text of ``criu --help``."""
     before = CRIU_BEFORE.format(criu=version, short=criu_usage())
-    options = option_list(lambda row: not row.ours and row.long != "ms")
+    options = option_list(lambda row: (not row.ours or row.long == "share-pages") and row.long != "ms")
     return f"{before}\n{options}\n{CRIU_AFTER}"

@@ -103,7 +103,7 @@ PROBES: dict[str, tuple[Callable[[], bool], str, bool]] = {
     "clone3_set_tid": (kerndat.clone3_set_tid, "restoring with the same process ids", True),
     "mm_map": (kerndat.mm_map, "restoring where code, heap and arguments lie", True),
     "map_vdso": (kerndat.map_vdso, "placing the vDSO", True),
-    "pagemap_scan": (kerndat.pagemap_scan, "finding the pages of a task", True),
+    "pagemap_scan": (kerndat.pagemap_scan, "finding the pages of a task at once", False),
     "get_rseq_conf": (kerndat.rseq_configuration, "programs of glibc 2.35 and newer", True),
     "seccomp_suspend": (kerndat.suspend_seccomp, "tasks under seccomp", False),
     "seccomp_filters": (kerndat.seccomp_filters, "restoring seccomp filters", False),

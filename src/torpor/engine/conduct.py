@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 
 from ..errors import KernelError, TaskGone, TorporError, Unsupported, doing
 from ..linux import ptrace
@@ -12,6 +13,7 @@ from ..linux.call import call
 from ..linux.nr import NR
 from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
 from ..proc import maps as proc_maps
+from ..proc import stat as proc_stat
 from ..proc.read import read
 from ..remote import machine, stub
 from ..remote.program import Program
@@ -155,6 +157,7 @@ class Conductor:
             if task.stopped and task.parent is not None and task.parent.alive:
                 self._finish_task(task, cpu)
                 self._release_task(task)
+                self._see_stopped(task)
 
     def _until_stop(self, tid: int) -> None:
         """Let a running stub come to its next stop; stubs that it forks are set going on the way."""
@@ -225,6 +228,16 @@ class Conductor:
         return Unsupported(f"{self.live[tid].name}: it ended while it was being restored ({error})")
 
     # ------------------------------------------------------------------------------------- the end
+
+    @staticmethod
+    def _see_stopped(task: RestoredTask) -> None:
+        """Its stop signal may be one that stops nobody any more (SIGTSTP in an orphaned group): SIGSTOP always does."""
+        deadline = time.monotonic() + 1.0
+        while proc_stat.parse(read(task.pid, "stat")).state != "T":
+            if time.monotonic() > deadline:
+                os.kill(task.pid, SIGSTOP)
+                return
+            time.sleep(0.001)
 
     def set_registers(self, cpu: Any) -> None:
         """Give every thread its registers; the arena is unmapped by the main thread as the last call of all."""

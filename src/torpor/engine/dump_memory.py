@@ -138,6 +138,7 @@ class MemoryDumper:
         self, task: SourceTask, spans: list[tuple[int, int]]
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The runs of pages to store inside ``spans``, and the guard regions, as (start, end)."""
+        whole = {(m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind in WHOLE_KINDS}
         fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             regions = kernel.pagemap_scan(
@@ -145,10 +146,15 @@ class MemoryDumper:
                 inverted=kernel.PM_PFNZERO, mask=kernel.PM_PFNZERO, anyof=kernel.PM_PRESENT | kernel.PM_SWAPPED,
                 wanted=kernel.PM_PRESENT | kernel.PM_SWAPPED | kernel.PM_FILE | kernel.PM_GUARD,
             )  # fmt: skip
+        except OSError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            from . import find_pages
+
+            return clip(find_pages.own_pages(fd, task, spans), spans, whole), []
         finally:
             os.close(fd)
         guards = [(start, end) for start, end, what in regions if what & kernel.PM_GUARD]
-        whole = {(m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind in WHOLE_KINDS}
         wanted = [(start, end) for start, end, what in regions if not what & (kernel.PM_GUARD | kernel.PM_FILE)]
         return clip(wanted, spans, whole), guards
 

@@ -21,7 +21,8 @@ Ring = tuple[int, ...]
 
 
 class PacketSocket:
-    """One socket. ``protocol`` is in host order; ``members`` are (ifindex, count, type, address); ``fanout`` may be None."""
+    """One socket. ``protocol`` is in host order; ``members`` are (ifindex, count, type, address); ``fanout`` may be None.
+    """
 
     __slots__ = (
         "copy_thresh", "fanout", "flags", "ifindex", "ino", "members", "protocol", "reserve", "rx_ring", "timestamp",

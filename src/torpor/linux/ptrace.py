@@ -175,9 +175,20 @@ def rseq_configuration(tid: int) -> tuple[int, int, int, int] | None:
 
 
 def syscall_user_dispatch(tid: int) -> tuple[int, int, int, int]:
-    """(mode, selector, offset, length) of syscall user dispatch; mode 0 is off."""
+    """(mode, selector, offset, length) of syscall user dispatch; mode 0 is off, or the kernel does not tell.
+
+    Linux kernel commit 3f67987cdc09 ("ptrace: Provide set/get interface for syscall user dispatch") (in v6.4).
+    """
+    import errno
+
+    from ..errors import KernelError
+
     area = (ctypes.c_uint64 * 4)()
-    call("ptrace", GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, ctypes.addressof(area))
+    try:
+        call("ptrace", GET_SYSCALL_USER_DISPATCH_CONFIG, tid, 32, ctypes.addressof(area))
+    except KernelError as error:
+        if error.errno != errno.EIO:  # there is no such request
+            raise
     return area[0], area[1], area[2], area[3]
 
 

@@ -1,12 +1,17 @@
-"""Socket calls on plain descriptors. Addresses of unix sockets are bytes without the family: a path, or NUL and a name."""
+"""Socket calls on plain descriptors.
+
+Addresses of unix sockets are bytes without the family: a path, or NUL and a name.
+"""
 
 from __future__ import annotations
 
 import _socket  # what `socket` adds to it costs 5 ms to import and is not needed here
+import errno
 import os
 import struct
 
-from .call import call
+from ..errors import KernelError
+from .call import address_of, buffer, call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,7 +23,7 @@ SOCK_NONBLOCK, SOCK_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 SOL_SOCKET = 1
 SCM_RIGHTS, SCM_CREDENTIALS, SCM_PIDFD = 1, 2, 4
 MSG_PEEK, MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_CMSG_CLOEXEC = 0x2, 0x20, 0x40, 0x4000, 0x40000000
-SO_PEERCRED, SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SO_PEERGROUPS, SO_PEEK_OFF = 17, 39, 38, 3, 59, 42
+SO_ERROR, SO_PEERCRED, SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SO_PEERGROUPS, SO_PEEK_OFF = 4, 17, 39, 38, 3, 59, 42
 SUN_PATH_MAX = 108
 _CONTROL_BYTES = 4096  # 253 descriptors, credentials, a pidfd, time stamps
 
@@ -78,8 +83,6 @@ def socket(family: int, kind: int, protocol: int = 0) -> int:
 def socketpair(kind: int) -> tuple[int, int]:
     """Two unix sockets that are connected to each other, close-on-exec."""
     area = bytearray(8)
-    from .call import address_of
-
     call("socketpair", AF_UNIX, kind | SOCK_CLOEXEC, 0, address_of(area))
     first, second = struct.unpack("=ii", area)
     return first, second
@@ -97,7 +100,10 @@ def family(fd: int) -> int:
 
 
 class Message:
-    """What one recvmsg(2) gave: ``data``, descriptors ``fds``, ``cred`` (pid, uid, gid), ``sender`` address, ``cut``."""
+    """What one recvmsg(2) gave: ``data``, descriptors ``fds``, ``cred`` (pid, uid, gid), address of the ``sender``.
+
+    ``cut``: the buffer was too small for the message.
+    """
 
     __slots__ = ("cred", "cut", "data", "fds", "sender")
 
@@ -132,6 +138,26 @@ def peek(fd: int, size: int) -> Message | None:
         elif kind == SCM_PIDFD:
             os.close(struct.unpack("=i", content)[0])
     return found
+
+
+def peek_ahead(fd: int, size: int) -> int:
+    """How many of the next ``size`` bytes of a stream lie ahead of the kernel's buffer that the last of them is in.
+
+    A place for the last byte is missing, and a buffer that cannot be copied whole is not counted. The descriptors
+    in a buffer do not tell: those of the next one are shown along with what is just ahead of it.
+    Kernel: net/unix/af_unix.c, unix_stream_read_generic()
+    """
+    area = buffer(max(size, 1))
+    nowhere = 8
+    vector = buffer(32)
+    struct.pack_into("=QQQQ", vector, 0, address_of(area), size - 1, nowhere, 1)
+    header = struct.pack("=QIIQQQQii", 0, 0, 0, address_of(vector), 2, 0, 0, 0, 0)
+    try:
+        return call("recvmsg", fd, header, MSG_PEEK | MSG_DONTWAIT)
+    except KernelError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        return 0
 
 
 def send(

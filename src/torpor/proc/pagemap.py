@@ -42,9 +42,12 @@ def swap_entry(word: int) -> tuple[int, int] | None:
     return (word & 0x1F, (word & PFN) >> 5) if word & SWAPPED else None
 
 
-def runs(data: bytes, any_of: int, none_of: int = 0) -> Iterator[tuple[int, int]]:
+def runs(
+    data: bytes, any_of: int, none_of: int = 0, *, but_frame: int | None = None
+) -> Iterator[tuple[int, int]]:
     """Yield (first page, number of pages) of the runs of pages with a flag of ``any_of`` and none
-    of ``none_of``, each as long as it can be.
+    of ``none_of``, each as long as it can be. Left out is a page that has nothing but PRESENT, and
+    maybe SOFT_DIRTY, and the frame ``but_frame``.
 
     The flags are those above but SOFT_DIRTY. A GiB of memory is 262,144 words, so this does not
     look at them one by one.
@@ -52,7 +55,12 @@ def runs(data: bytes, any_of: int, none_of: int = 0) -> Iterator[tuple[int, int]
     assert not (any_of | none_of) & (PFN | SOFT_DIRTY), "only the flags of the top byte"
     wanted, unwanted = any_of >> 56, none_of >> 56
     table = bytes(bool(flags & wanted) and not flags & unwanted for flags in range(256))
-    matches = data[WORD - 1 :: WORD].translate(table)
+    matches: bytes | bytearray = data[WORD - 1 :: WORD].translate(table)
+    if but_frame is not None:
+        matches = bytearray(matches)
+        for word in (PRESENT | but_frame, PRESENT | SOFT_DIRTY | but_frame):
+            for page in _places(data, word):
+                matches[page] = 0
     first = matches.find(1)
     while first >= 0:
         end = matches.find(0, first)
@@ -60,3 +68,12 @@ def runs(data: bytes, any_of: int, none_of: int = 0) -> Iterator[tuple[int, int]
             end = len(matches)
         yield first, end - first
         first = matches.find(1, end)
+
+
+def _places(data: bytes, word: int) -> Iterator[int]:
+    pattern = word.to_bytes(WORD, "little")
+    at = data.find(pattern)
+    while at >= 0:
+        if at % WORD == 0:  # else it lies across two words
+            yield at // WORD
+        at = data.find(pattern, at + 1 if at % WORD else at + WORD)

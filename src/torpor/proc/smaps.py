@@ -14,13 +14,15 @@ from .record import Record
 # The flags close each mapping's block. A path cannot forge this: its newlines are escaped.
 _FLAGS = b"\nVmFlags: "
 _WANTED = [b"KernelPageSize:", b"Rss:", b"Anonymous:", b"AnonHugePages:", b"Locked:"]
+_SWAP = b"Swap:"
 _KEY = b"ProtectionKey:"
 
 
 class Smap(Record):
     """One mapping with its figures in bytes.
 
-    ``vmflags`` are the kernel's two-letter names, ``protection_key`` is 0 where the CPU has none.
+    ``vmflags`` are the kernel's two-letter names, ``protection_key`` is 0 where the CPU has none,
+    ``swap`` is what of a private mapping is swapped out.
     """
 
     vma: maps.Vma
@@ -31,6 +33,7 @@ class Smap(Record):
     anon_huge_pages: int
     locked: int
     protection_key: int
+    swap: int
 
 
 def parse_flags(data: bytes) -> list[tuple[int, int, frozenset[str]]]:
@@ -72,11 +75,13 @@ def parse(data: bytes) -> list[Smap]:
             if [words[place] for place in places] != _WANTED:
                 places = [words.index(key) for key in _WANTED]
             key = words.index(_KEY) + 1 if _KEY in words else None
+            swap = words.index(_SWAP) + 1 if _SWAP in words else None
             headers.append(header)
             figures.append(
                 (
                     *(int(words[place + 1]) * 1024 for place in places),
                     0 if key is None else int(words[key]),
+                    0 if swap is None else int(words[swap]) * 1024,
                 )
             )
         vmas = maps.parse(b"\n".join([*headers, b""]))

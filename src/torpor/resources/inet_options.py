@@ -245,7 +245,7 @@ def restore(fd: int, entry: Message) -> None:
         except OSError as error:
             assert error.errno is not None
             raise KernelError(f"socket option {one.level}:{one.name}", error.errno) from None
-    for group in entry.groups:
+    for group in reversed(entry.groups):  # the kernel lists the newest first
         join(fd, entry.family, group)
 
 

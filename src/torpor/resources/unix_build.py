@@ -41,7 +41,7 @@ def make_all(ctx: BuildContext, fd_type: int) -> dict[int, int]:
 
     What remains to be done is left to ``after_build``.
     """
-    builder = _Builder(ctx, [entry for kind, entry in ctx.files.values() if kind.FD_TYPE == fd_type])
+    builder = _Builder(ctx, [entry for kind, entry in ctx.files.values() if fd_type == kind.FD_TYPE])
     builder.make()
     ctx.memo.setdefault("after_build", []).append(builder.finish)
     return {entry.id: builder.fds[entry.ino] for entry in builder.entries.values()}
@@ -280,7 +280,9 @@ class _Builder:
         for entry in datagrams:
             peer = self._peer(entry)
             # Nobody can connect to a socket without a name: the two were made together.
-            if peer is None or peer.type != SOCK_DGRAM or peer is entry or {entry.ino, peer.ino} & (paired | self.given):
+            if peer is None or peer.type != SOCK_DGRAM or peer is entry:
+                continue
+            if {entry.ino, peer.ino} & (paired | self.given):
                 continue
             if not peer.name or (not entry.name and peer.peer == entry.ino):
                 self._pair(entry, peer)

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 
 from ..errors import ImageError, Unsupported
 from ..images import schema as pb
 from ..linux import sockets
-from ..linux.sockets import SOCK_STREAM, SOL_SOCKET, SO_PEEK_OFF, Message, Socket
+from ..linux.sockets import SO_ERROR, SO_PEEK_OFF, SOCK_STREAM, SOL_SOCKET, Message, Socket
 from .apart import Identity, apart
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
+
     from ..images.schema import Message as Entry
     from .base import BuildContext, DumpContext, SourceFile
 
 FIONREAD = 0x541B
 _FIRST_BYTES = 1 << 16
-_POLLPRI = 2
+_POLLPRI, _POLLERR = 2, 8
 
 
 # ---------------------------------------------------------------------- dump
@@ -49,14 +52,19 @@ def dump(source: SourceFile, kind: int, ended: bool, ctx: DumpContext) -> None:
         _write(message, source, ctx)
 
 
-def _peek_all(fd: int, sock: object, kind: int, ended: bool) -> list[Message]:
+def _peek_all(fd: int, sock: _socket.socket, kind: int, ended: bool) -> list[Message]:
     found: list[Message] = []
     at = 0
-    size = _FIRST_BYTES
+    size, total = _FIRST_BYTES, 0
     if kind == SOCK_STREAM:
         # All in one: what ends a piece is then the kernel's own boundary, not the end of our buffer.
-        size = _waiting(fd) + 1
+        size = total = _waiting(fd)
+    elif _events(fd, _POLLERR):
+        # It would be told to us in place of the first message, and forgotten.
+        sock.getsockopt(SOL_SOCKET, SO_ERROR)
     while True:
+        if kind == SOCK_STREAM and at >= total:
+            return found  # at the end of the bytes an error would be told to us, and forgotten
         message = sockets.peek(fd, size)
         if message is None:
             return found
@@ -64,7 +72,7 @@ def _peek_all(fd: int, sock: object, kind: int, ended: bool) -> list[Message]:
             for one in message.fds:
                 os.close(one)
             size *= 4
-            sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)  # type: ignore[attr-defined]
+            sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)
             message = sockets.peek(fd, size)
             assert message is not None
         if not message.data and (kind == SOCK_STREAM or ended):
@@ -77,25 +85,18 @@ def _waiting(fd: int) -> int:
     return int.from_bytes(fcntl.ioctl(fd, FIONREAD, bytes(4)), "little")
 
 
-def _split(message: Message, fd: int, sock: object, at: int) -> list[Message]:
+def _split(message: Message, fd: int, sock: _socket.socket, at: int) -> list[Message]:
     """Bytes ahead of those that descriptors came with: whoever reads only them is not given the descriptors."""
     if not message.fds or len(message.data) == 1:
         return [message]
-    low, high = 0, len(message.data) - 1  # so many bytes may be ahead of them
-    while low < high:
-        middle = (low + high + 1) // 2
-        sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)  # type: ignore[attr-defined]
-        part = sockets.peek(fd, middle)
-        assert part is not None
-        for one in part.fds:
-            os.close(one)
-        low, high = (low, middle - 1) if part.fds else (middle, high)
-    sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at + len(message.data))  # type: ignore[attr-defined]
-    if not low:
+    sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at)
+    ahead = sockets.peek_ahead(fd, len(message.data))
+    sock.setsockopt(SOL_SOCKET, SO_PEEK_OFF, at + len(message.data))
+    if not ahead:
         return [message]
-    first = Message(message.data[:low])
+    first = Message(message.data[:ahead])
     first.cred = message.cred
-    message.data = message.data[low:]
+    message.data = message.data[ahead:]
     return [first, message]
 
 
@@ -202,9 +203,11 @@ def room_for(waiting: list[Packet]) -> int:
 
 def has_urgent(fd: int) -> bool:
     """Does a byte sent with MSG_OOB wait, whose place among the others nobody can see?"""
-    import select
+    return _events(fd, _POLLPRI)
 
+
+def _events(fd: int, wanted: int) -> bool:
     poll = select.poll()
-    poll.register(fd, _POLLPRI)
-    return any(events & _POLLPRI for _, events in poll.poll(0))
+    poll.register(fd, wanted)
+    return any(events & wanted for _, events in poll.poll(0))
 

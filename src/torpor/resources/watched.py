@@ -51,7 +51,8 @@ class Watched:
         self.handle = handle
 
     def __str__(self) -> str:
-        return "inode %d on device %d:%d" % (self.ino, *device(self.sdev))
+        major, minor = device(self.sdev)
+        return f"inode {self.ino} on device {major}:{minor}"
 
 
 # ---------------------------------------------------------------------- dump

@@ -130,10 +130,10 @@ def child(setup: Callable[[], object] = lambda: None) -> Iterator[int]:
 
 def _guest(task: SourceTask, seized: Seized) -> Guest:
     lines = proc_text(task.pid, "maps").splitlines()
-    start, end = next(line.split()[0].split("-") for line in lines if "[vdso]" in line)
+    _, end = next(line.split()[0].split("-") for line in lines if "[vdso]" in line)
     task.mem_fd = os.open(f"/proc/{task.pid}/mem", os.O_RDWR)
     signals = task.status.SigCgt | task.status.SigPnd | task.status.ShdPnd
-    return Guest(task.pid, task.vpid, task.mem_fd, (int(start, 16), int(end, 16)), signals, seized)
+    return Guest(task.pid, task.vpid, task.mem_fd, [int(end, 16)], signals, seized)
 
 
 def _source(pid: int, seized: Seized) -> SourceTask:

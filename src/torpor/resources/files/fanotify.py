@@ -6,8 +6,6 @@ Kernel: fs/notify/fanotify/fanotify_user.c
 
 from __future__ import annotations
 
-import os
-
 from ... import log
 from ...errors import ImageError, doing
 from ...images import schema as pb
@@ -107,7 +105,8 @@ def _mountpoint(mark: FanotifyMark, source: SourceFile) -> tuple[int, bytes, int
 
 def _prepare(entry: Message, ctx: BuildContext) -> Callable[[], None]:
     """Find what is to be marked; gives what marks it."""
-    targets = [(mark, _target(mark, ctx)) for mark in entry.mark]
+    # The kernel shows the newest first, and so they are in the image.
+    targets = [(mark, _target(mark, ctx)) for mark in reversed(entry.mark)]
     fd = ctx.built[entry.id]
 
     def mark_all() -> None:

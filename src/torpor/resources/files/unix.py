@@ -278,10 +278,7 @@ def _finish(ctx: DumpContext) -> None:
                     hint="dump when the program has accepted it, or dump both",
                 )
             continue
-        if _is_pending(sock, ctx):
-            peer = _accepting(ctx)[sock.ino].ino
-        else:
-            peer = sock.peer or 0
+        peer = _accepting(ctx)[sock.ino].ino if _is_pending(sock, ctx) else sock.peer or 0
         if not peer or peer in dumped:
             continue
         _check_external(sock, ctx)

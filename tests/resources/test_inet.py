@@ -1,0 +1,576 @@
+"""Sockets of IPv4 and IPv6 through the whole engine, in a network of the test's own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kit import Library, Target, Targets
+from kit.network import own_network
+from torpor.errors import TorporError, Unsupported
+from torpor.linux import inet_diag
+from torpor.resources import network_lock, tcp
+from torpor.resources.files import inet
+
+HEAD = """
+import os, struct, sys, time
+from socket import *
+def state(s): return s.getsockopt(IPPROTO_TCP, 11, 104)[0]
+def options(s):
+    found = {}
+    connected = s.type == SOCK_STREAM and state(s) not in (7, 10)
+    for level in (0, 1, 6, 17, 41):
+        for option in range(1, 110):
+            # MTU, pending error, peer's credentials, queue lengths, clocks, cookies and what counts as time goes by
+            if (level, option) in ((0, 14), (0, 33), (41, 24), (41, 61), (1, 4), (1, 28), (1, 31), (1, 49), (1, 55), (1, 56), (1, 57), (1, 59), (1, 77),
+                                   (6, 11), (6, 24), (6, 26), (6, 12), (6, 10), (6, 35)): continue
+            if connected and (level, option) in ((6, 2), (41, 17), (41, 18), (41, 26)): continue
+            try: found[level, option] = s.getsockopt(level, option, 256)
+            except OSError: pass
+    return found
+def drain(s):
+    s.settimeout(5)
+    data = b""
+    while True:
+        try: piece = s.recv(1 << 20)
+        except TimeoutError: return data + b"TIMEOUT"
+        if not piece: return data
+        data += piece
+errors = []
+def same(what, a, b):
+    if a != b: errors.append(f"{what}: {a!r} is not {b!r}")
+def same_options(what, before, after):
+    for key in before.keys() | after.keys(): same(f"{what} {key}", after.get(key), before.get(key))
+"""
+TAIL = """
+done(not errors, "; ".join(errors)[:2000])
+"""
+ESTABLISHED = {"tcp_established": True}
+
+
+@pytest.fixture(autouse=True)
+def network() -> Iterator[None]:
+    with own_network():
+        yield
+
+
+class Trip:
+    """A program in two halves; between them it is dumped and restored."""
+
+    def __init__(self, start: Targets, library: Library, images: str, first: str, second: str) -> None:
+        self.target = start.python(HEAD + first + "\nready()\nwait_told('go')\n" + second + TAIL)
+        self.target.pids()
+        self.library, self.images = library, images
+
+    def dump(self, **options: object) -> None:
+        self.library.dump(self.target.pid, self.images, **options)
+        self.target.wait_gone()
+
+    def restore(self, **options: object) -> None:
+        self.library.restore(self.images, **options)
+
+    def whole(self, **options: object) -> Target:
+        self.dump(**options)
+        self.restore(**options)
+        self.target.go()
+        return self.target
+
+
+@pytest.fixture
+def trip(start: Targets, library: Library, images: str) -> Callable[[str, str], Trip]:
+    return lambda first, second: Trip(start, library, images, first, second)
+
+
+def tables() -> list[str]:
+    """The nftables tables of this network, as nft(8) shows them."""
+    return subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+
+
+def listener(family: int = socket.AF_INET, host: str = "127.0.0.1") -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.bind((host, 0))
+    made.listen(8)
+    return made
+
+
+# ---------------------------------------------------------------------- plain sockets
+
+
+def test_options_of_all_kinds(trip: Callable[[str, str], Trip]) -> None:
+    trip(
+        """
+socks = {}
+def add(name, family, kind, proto=0):
+    socks[name] = socket(family, kind, proto); return socks[name]
+for n, family in (("4", AF_INET), ("6", AF_INET6)):
+    host = "127.0.0.1" if n == "4" else "::1"
+    add("plain tcp" + n, family, SOCK_STREAM); add("plain udp" + n, family, SOCK_DGRAM)
+    s = add("tcp" + n, family, SOCK_STREAM)
+    s.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1); s.bind((host, 0)); s.listen(17)
+    for option, value in ((1, 1), (4, 77), (5, 11), (6, 4), (7, 3), (8, 20), (9, 3), (13, b"reno"), (18, 1234), (23, 5),
+                          (25, 4096), (2, 1000), (10, 30000)): s.setsockopt(IPPROTO_TCP, option, value)
+    s = add("udp" + n, family, SOCK_DGRAM); s.bind((host, 0)); s.connect((host, 9))
+    s.setsockopt(SOL_SOCKET, SO_BROADCAST, 1); s.setsockopt(SOL_SOCKET, SO_RCVBUF, 20000)
+    s.setsockopt(17, 103, 700); s.setsockopt(17, 104, 1)
+    s = add("raw" + n, family, SOCK_RAW, IPPROTO_ICMP if n == "4" else IPPROTO_ICMPV6)
+    s.setsockopt(255 if n == "4" else 58, 1, struct.pack("I", 0x55) if n == "4" else bytes(range(32)))
+    add("udplite" + n, family, SOCK_DGRAM, 136).setsockopt(136, 10, 20)
+    wild = add("wild" + n, family, SOCK_STREAM)
+    if n == "6": wild.setsockopt(41, 26, 1)
+    wild.bind(("", 7654)); wild.listen(1)
+four, six = socks["udp4"], socks["udp6"]
+for option, value in ((1, 0x20), (2, 9), (8, 1), (10, 1), (11, 1), (12, 1), (13, 1), (15, 1), (20, 1), (21, 3), (24, 1), (33, 7), (34, 0),
+                      (49, 0), (4, b"\\x94\\x04\\0\\0")): four.setsockopt(0, option, value)
+for option, value in ((16, 9), (18, 5), (19, 0), (23, 2), (25, 1), (29, 0), (49, 1), (51, 1), (62, 1), (66, 1), (67, 33), (70, 0),
+                      (73, 4), (78, 1)): six.setsockopt(41, option, value)
+names = {n: (s.getsockname(), s.type, s.proto, os.fstat(s.fileno()).st_uid) for n, s in socks.items()}
+before = {n: options(s) for n, s in socks.items()}
+filters = socks["raw4"].getsockopt(255, 1, 4), socks["raw6"].getsockopt(58, 1, 32), socks["udplite4"].getsockopt(136, 10)
+""",
+        """
+for n, s in socks.items():
+    same_options(n, before[n], options(s))
+    same(n, (s.getsockname(), s.type, s.proto, os.fstat(s.fileno()).st_uid), names[n])
+same("peer", four.getpeername(), ("127.0.0.1", 9))
+same("filters", (socks["raw4"].getsockopt(255, 1, 4), socks["raw6"].getsockopt(58, 1, 32), socks["udplite4"].getsockopt(136, 10)), filters)
+client = create_connection(socks["tcp4"].getsockname())
+server, _ = socks["tcp4"].accept(); client.send(b"hi"); same("accept", server.recv(9), b"hi")
+""",
+    ).whole()
+
+
+def test_a_port_that_is_shared_and_who_may_share_it_later(trip: Callable[[str, str], Trip]) -> None:
+    trip(
+        """
+together = [socket(AF_INET, SOCK_STREAM) for _ in range(3)]
+for s in together: s.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1); s.bind(("127.0.0.1", 6001)); s.listen(4)
+alone = socket(AF_INET, SOCK_STREAM); alone.bind(("127.0.0.1", 6002)); alone.listen(4)
+client = create_connection(alone.getsockname()); server, _ = alone.accept()
+first = socket(AF_INET, SOCK_DGRAM); first.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1); first.bind(("", 6003))
+second = socket(AF_INET, SOCK_DGRAM); second.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1); second.bind(("", 6003))
+first.setsockopt(SOL_SOCKET, SO_REUSEADDR, 0)
+orphan = socket(AF_INET, SOCK_STREAM); orphan.bind(("127.0.0.1", 6004)); orphan.listen(1)
+far = create_connection(orphan.getsockname()); near, _ = orphan.accept(); orphan.close()
+flags = lambda: [(s.getsockopt(SOL_SOCKET, SO_REUSEADDR), s.getsockopt(SOL_SOCKET, SO_REUSEPORT)) for s in (*together, alone, client, server, first, second)]
+before = flags()
+""",
+        """
+same("flags", flags(), before)
+for port in (6002,):
+    other = socket(AF_INET, SOCK_STREAM); other.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    try: other.bind(("127.0.0.1", port)); other.listen(1); errors.append("the port is free")
+    except OSError as error: same("errno", error.errno, 98)
+client.send(b"x"); same("data", server.recv(4), b"x"); near.send(b"y"); same("data", far.recv(4), b"y")
+""",
+    ).whole(**ESTABLISHED)
+
+
+def test_multicast_groups_with_and_without_sources(trip: Callable[[str, str], Trip]) -> None:
+    trip(
+        """
+lo = if_nametoindex("lo")
+s = socket(AF_INET, SOCK_DGRAM); s.bind(("", 6010))
+s.setsockopt(0, 35, struct.pack("4s4sI", inet_aton("239.1.2.3"), bytes(4), lo))
+s.setsockopt(0, 39, struct.pack("4s4s4s", inet_aton("232.1.1.1"), inet_aton("127.0.0.1"), inet_aton("127.0.0.9")))
+six = socket(AF_INET6, SOCK_DGRAM); six.setsockopt(41, 20, inet_pton(AF_INET6, "ff05::77") + struct.pack("I", lo))
+none = socket(AF_INET, SOCK_DGRAM)
+def listed():
+    igmp = open("/proc/net/igmp").read(), open("/proc/net/igmp6").read()
+    return "030201EF" in igmp[0], "010101E8" in igmp[0], "77 " in igmp[1] or "0077" in igmp[1], open("/proc/net/mcfilter").read().splitlines()[1:]
+before = listed()
+""",
+        """
+same("groups", listed(), before); same("joined", before[:3], (True, True, True))
+out = socket(AF_INET, SOCK_DGRAM); out.setsockopt(0, 32, inet_aton("127.0.0.1"))
+out.sendto(b"all", ("239.1.2.3", 6010)); s.settimeout(5); same("data", s.recv(10), b"all")
+try: none.setsockopt(0, 36, struct.pack("4s4sI", inet_aton("239.1.2.3"), bytes(4), lo)); errors.append("it had joined")
+except OSError: pass
+""",
+    ).whole()
+
+
+# ---------------------------------------------------------------------- connections within the tree
+
+
+@pytest.mark.parametrize(("family", "host"), [("AF_INET", "127.0.0.1"), ("AF_INET6", "::1")])
+def test_both_ends_in_the_tree(trip: Callable[[str, str], Trip], family: str, host: str) -> None:
+    made = trip(
+        f"family, host = {family}, {host!r}"
+        + """
+server = socket(family, SOCK_STREAM); server.bind((host, 0)); server.listen(9)
+def pair():
+    client = create_connection(server.getsockname()[:2]); return client, server.accept()[0]
+idle, full, cut, both = pair(), pair(), pair(), pair()
+idle[0].setsockopt(IPPROTO_TCP, TCP_NODELAY, 1); idle[0].setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
+idle[0].setsockopt(IPPROTO_TCP, 4, 33); idle[1].setsockopt(IPPROTO_TCP, 13, b"reno")
+idle[0].send(b"unread")
+full[0].setblocking(False); sent = 0
+block = os.urandom(1 << 16)
+try:
+    while True: sent += full[0].send(block)
+except BlockingIOError: pass
+full[1].send(b"the other way")
+cut[0].send(b"last words"); cut[0].shutdown(SHUT_WR); cut[1].send(b"still")
+both[0].shutdown(SHUT_RDWR); both[1].shutdown(SHUT_RDWR)
+time.sleep(.3)
+all_ = (*idle, *full, *cut, *both)
+states = [state(s) for s in all_]
+before = [options(s) for s in idle]
+""",
+        """
+same("states", [state(s) for s in all_], states)
+for s, b in zip(idle, before): same_options("idle", b, options(s))
+same("unread", idle[1].recv(99), b"unread")
+idle[1].send(b"reply"); same("reply", idle[0].recv(9), b"reply")
+same("other", full[0].recv(99), b"the other way")
+full[0].shutdown(SHUT_WR)
+got = drain(full[1])
+same("length", len(got), sent); same("content", got == (block * (sent // len(block) + 1))[:sent], True)
+same("last", drain(cut[1]), b"last words"); same("still", cut[0].recv(9), b"still")
+cut[1].send(b"more"); same("more", cut[0].recv(9), b"more")
+same("eof", both[0].recv(9) + both[1].recv(9), b"")
+fresh = pair(); fresh[0].send(b"new"); same("new", fresh[1].recv(9), b"new")
+""",
+    )
+    made.dump(**ESTABLISHED)
+    assert not tables(), "nobody outside is to be held back"
+    made.restore(**ESTABLISHED)
+    made.target.go()
+
+
+# ---------------------------------------------------------------------- connections to the outside
+
+OUTSIDE = "s = create_connection((HOST, PORT))"
+
+
+def outside(server: socket.socket, first: str) -> str:
+    host, port = server.getsockname()[:2]
+    return f"HOST, PORT = {host!r}, {port}\n{OUTSIDE}\n{first}"
+
+
+@pytest.mark.parametrize("lock", ["iptables", "nftables"])
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_peer_that_goes_on_sending(trip: Callable[[str, str], Trip], lock: str, family: int, host: str) -> None:
+    with listener(family, host) as server:
+        made = trip(
+            outside(server, "s.sendall(b'hello')"),
+            "same('later', s.recv(5) + s.recv(5), b'earlylater'[:10]); s.sendall(b'bye'); s.close()",
+        )
+        peer, _ = server.accept()
+        peer.settimeout(20)
+        assert peer.recv(5) == b"hello"
+        peer.sendall(b"early")
+        made.dump(network_lock=lock, **ESTABLISHED)
+        assert len(tables()) == 1
+        peer.sendall(b"later")  # retransmitted until somebody takes it
+        made.restore(**ESTABLISHED)
+        assert not tables()
+        made.target.tell("go")
+        assert peer.recv(9) == b"bye"
+        assert peer.recv(9) == b""
+        made.target.go()
+        peer.close()
+
+
+FILL = """
+def fill(s):
+    s.setblocking(False)
+    try:
+        while True: s.send(b"z" * 65536)
+    except BlockingIOError: s.setblocking(True)
+"""
+#: State → (does the peer shut down first, what the program does before the dump, number of the state)
+CLOSING = {
+    "close-wait": (True, "", 8),
+    "close-wait, unsent": (True, "fill(s)", 8),
+    "last-ack": (True, "fill(s); s.shutdown(SHUT_WR)", 9),
+    "fin-wait1": (False, "fill(s); s.shutdown(SHUT_WR)", 4),
+    "fin-wait2": (False, "s.shutdown(SHUT_WR)", 5),
+}
+
+
+@pytest.mark.parametrize("name", CLOSING)
+def test_closing_states(trip: Callable[[str, str], Trip], name: str) -> None:
+    theirs, ours, number = CLOSING[name]
+    accepted: list[socket.socket] = []
+
+    def serve() -> None:
+        peer, _ = server.accept()
+        if theirs:
+            peer.sendall(b"tail")
+            peer.shutdown(socket.SHUT_WR)
+        accepted.append(peer)
+
+    wait = "while state(s) != 8: time.sleep(.01)\n" if theirs else ""
+    with listener() as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        made = trip(
+            outside(server, FILL + wait + ours + "\ntime.sleep(.3); before = state(s)"),
+            f"same('state', (state(s), before), ({number}, {number})); tell('seen'); same('tail', drain(s), b'tail')\n"
+            + ("s.sendall(b'answer')\n" if number == 8 else ""),
+        )
+        thread.join()
+        peer = accepted[0]
+        peer.settimeout(20)
+        made.dump(**ESTABLISHED)
+        made.restore(**ESTABLISHED)
+        made.target.tell("go")
+        made.target.wait_file("seen")
+        if not theirs:
+            peer.sendall(b"tail")
+            peer.shutdown(socket.SHUT_WR)
+        data = b""
+        while piece := peer.recv(1 << 20):
+            data += piece
+        filled = data.removesuffix(b"answer")
+        assert filled == b"z" * len(filled)
+        assert bool(filled) is ("fill" in ours)
+        assert data.endswith(b"answer") is (number == 8)
+        made.target.go()
+        peer.close()
+
+
+def test_let_go_after_the_dump(trip: Callable[[str, str], Trip]) -> None:
+    with listener() as server:
+        made = trip(
+            outside(server, "s.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1); before = options(s)"),
+            "same_options('s', before, options(s)); same('data', s.recv(9), b'go on'); s.sendall(b'yes')",
+        )
+        peer, _ = server.accept()
+        made.library.dump(made.target.pid, made.images, leave_running=True, **ESTABLISHED)
+        assert not tables()
+        peer.sendall(b"go on")
+        made.target.go()
+        assert peer.recv(9) == b"yes"
+        peer.close()
+
+
+def test_let_go_when_the_dump_fails(trip: Callable[[str, str], Trip], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torpor.resources import locks
+
+    with listener() as server:
+        made = trip(
+            outside(server, "s.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)"),
+            "same('reuse', s.getsockopt(SOL_SOCKET, SO_REUSEADDR), 1); same('data', s.recv(9), b'go on'); s.sendall(b'yes')",
+        )
+        peer, _ = server.accept()
+        seen = []
+
+        def fail(ctx: object) -> None:
+            seen.append(tables())
+            raise Unsupported("by the test")
+
+        monkeypatch.setattr(locks, "finish", fail)
+        with pytest.raises(TorporError, match="by the test"):
+            made.library.dump(made.target.pid, made.images, **ESTABLISHED)
+        assert len(seen[0]) == 1
+        assert not tables()
+        peer.sendall(b"go on")
+        made.target.go()
+        assert peer.recv(9) == b"yes"
+        peer.close()
+
+
+def test_a_restore_that_fails_can_be_tried_again(trip: Callable[[str, str], Trip]) -> None:
+    with listener() as server:
+        made = trip(
+            outside(server, "u = socket(AF_INET, SOCK_DGRAM); u.bind(('127.0.0.1', 6100))"),
+            "same('data', s.recv(9), b'go on'); s.sendall(b'yes')",
+        )
+        peer, _ = server.accept()
+        made.dump(**ESTABLISHED)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind(("", 6100))
+            with pytest.raises(Unsupported, match=r"127\.0\.0\.1:6100 is in use"):
+                made.restore(**ESTABLISHED)
+        assert len(tables()) == 1, "the peer has to wait on"
+        peer.sendall(b"go on")
+        made.restore(**ESTABLISHED)
+        made.target.go()
+        assert peer.recv(9) == b"yes"
+        peer.close()
+
+
+def test_closed_on_restore(trip: Callable[[str, str], Trip]) -> None:
+    with listener() as server:
+        made = trip(
+            outside(server, "keep = socket(AF_INET, SOCK_STREAM); keep.bind(('', 6200)); keep.listen(2)"),
+            """
+same('eof', s.recv(9), b'')
+try: s.send(b'x'); errors.append('sent')
+except BrokenPipeError: pass
+c = create_connection(('127.0.0.1', 6200)); c.send(b'on'); same('listens', keep.accept()[0].recv(5), b'on')
+""",
+        )
+        peer, _ = server.accept()
+        made.whole(tcp_close=True)
+        peer.settimeout(5)
+        assert peer.recv(5) == b""
+        peer.close()
+
+
+def test_skip_in_flight(trip: Callable[[str, str], Trip]) -> None:
+    made = trip(
+        "keep = socket(AF_INET, SOCK_STREAM); keep.bind(('127.0.0.1', 6300)); keep.listen(2)",
+        "c = create_connection(('127.0.0.1', 6300)); c.send(b'on'); same('it', keep.accept()[0].recv(5), b'on')",
+    )
+    with socket.create_connection(("127.0.0.1", 6300)):
+        with pytest.raises(Unsupported, match=r"1 connections wait to be accepted.*skip-in-flight"):
+            made.dump()
+        made.whole(skip_in_flight=True)
+
+
+# ---------------------------------------------------------------------- what stands in the way
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        ("s = create_connection((HOST, PORT))", r"established TCP connection.*--tcp-established"),
+        ("s = socket(AF_INET, SOCK_DGRAM); s.setsockopt(17, 1, 1)", "corked"),
+        ("s = socket(AF_INET, SOCK_STREAM, 262)", r"MPTCP.*GODEBUG"),
+    ],
+)
+def test_refused_before_anything_stops(trip: Callable[[str, str], Trip], first: str, why: str) -> None:
+    with listener() as server:
+        made = trip(outside(server, first), "pass")
+        with pytest.raises(Unsupported, match=why):
+            made.dump()
+        made.target.go()
+
+
+def test_an_address_that_is_gone(trip: Callable[[str, str], Trip]) -> None:
+    subprocess.run(["ip", "address", "add", "10.77.0.1/32", "dev", "lo"], check=True)
+    made = trip(
+        "s = socket(AF_INET, SOCK_STREAM); s.bind(('10.77.0.1', 6400)); s.listen(1)",
+        "same('name', s.getsockname(), ('10.77.0.1', 6400))",
+    )
+    made.dump()
+    subprocess.run(["ip", "address", "del", "10.77.0.1/32", "dev", "lo"], check=True)
+    with pytest.raises(Unsupported, match=r"no address 10\.77\.0\.1.*ip address add"):
+        made.restore()
+    subprocess.run(["ip", "address", "add", "10.77.0.1/32", "dev", "lo"], check=True)
+    made.restore()
+    made.target.go()
+
+
+def test_a_port_of_a_listener_is_taken(trip: Callable[[str, str], Trip]) -> None:
+    made = trip(
+        "s = socket(AF_INET6, SOCK_STREAM); s.bind(('', 6500)); s.listen(1); uid = os.fstat(s.fileno()).st_uid",
+        "pass",
+    )
+    made.dump()
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
+        # It would share its port with a socket that asks for it, but ours never did.
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 6500))
+        other.listen(1)
+        with pytest.raises(Unsupported, match="6500 is in use by another process"):
+            made.restore()
+    made.restore()
+    made.target.go()
+
+
+# ---------------------------------------------------------------------- pieces
+
+
+ADDRESSES = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16))
+
+
+@given(ADDRESSES, st.integers(0, 0xFFFF), st.integers(0, 0xFFFFFFFF))
+def test_sockaddr_is_read_as_it_was_written(address: bytes, port: int, scope: int) -> None:
+    family = inet_diag.AF_INET if len(address) == 4 else inet_diag.AF_INET6
+    name = tcp.sockaddr(family, address, port, scope)
+    assert len(name) == (16 if len(address) == 4 else 28)
+    assert tcp.address_of_sockaddr(name) == (address, port)
+
+
+def test_diag_shows_what_the_sockets_say() -> None:
+    with listener() as server, socket.create_connection(server.getsockname()) as client:
+        client.shutdown(socket.SHUT_RD)
+        shown = {one.ino: one for one in inet_diag.sockets(6)}
+        one, other = (shown[os.fstat(each.fileno()).st_ino] for each in (server, client))
+        assert one.state == inet_diag.LISTEN
+        assert (socket.inet_ntoa(one.source[0]), one.source[1]) == server.getsockname()
+        assert one.queues == (1, 8)
+        assert (socket.inet_ntoa(other.destination[0]), other.destination[1]) == server.getsockname()
+        assert (other.state, other.shutdown) == (inet_diag.ESTABLISHED, 1)
+    assert inet_diag.sockets(132) == [], "no module for SCTP here, and no error"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "six_only", "expected"),
+    [
+        ("127.0.0.1", "127.0.0.1", False, True),
+        ("127.0.0.1", "127.0.0.2", False, False),
+        ("0.0.0.0", "127.0.0.2", False, True),
+        ("::", "127.0.0.1", False, True),
+        ("::", "127.0.0.1", True, False),
+        ("::1", "0.0.0.0", False, False),
+        ("::ffff:127.0.0.1", "127.0.0.1", False, True),
+    ],
+)
+def test_overlap_is_what_bind_says(a: str, b: str, six_only: bool, expected: bool) -> None:
+    def packed(text: str) -> tuple[int, bytes]:
+        family = socket.AF_INET6 if ":" in text else socket.AF_INET
+        return family, socket.inet_pton(family, text)
+
+    (one, here), (two, there) = packed(a), packed(b)
+    assert inet._overlap(here, there, six_only, False) is expected
+    assert inet._overlap(there, here, False, six_only) is expected
+    with socket.socket(one, socket.SOCK_STREAM) as first, socket.socket(two, socket.SOCK_STREAM) as second:
+        if six_only:
+            first.setsockopt(41, socket.IPV6_V6ONLY, 1)
+        first.bind((a, 6600))
+        first.listen(1)
+        try:
+            second.bind((b, 6600))
+            taken = False
+        except OSError:
+            taken = True
+    assert taken is expected
+
+
+def test_the_lock_holds_both_directions_and_only_its_own() -> None:
+    with listener() as server, socket.create_connection(server.getsockname()) as client:
+        peer, _ = server.accept()
+        other = socket.create_connection(server.getsockname())
+        its_peer, _ = server.accept()
+        quad = (bytes((127, 0, 0, 1)), client.getsockname()[1], bytes((127, 0, 0, 1)), server.getsockname()[1])
+        lock = network_lock.lock([quad], "nftables")
+        for sender, receiver in ((client, peer), (peer, client)):
+            receiver.settimeout(0.3)
+            sender.send(b"held")
+            with pytest.raises(TimeoutError):
+                receiver.recv(9)
+        other.send(b"free")
+        assert its_peer.recv(9) == b"free"
+        lock.lift()
+        lock.lift()  # it may be gone already
+        for receiver in (peer, client):
+            receiver.settimeout(20)
+            assert receiver.recv(9) == b"held"
+        other.close(), its_peer.close(), peer.close()
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_a_segment_of_ours_is_taken_for_the_peer_s(family: int, host: str) -> None:
+    with listener(family, host) as server, socket.create_connection(server.getsockname()[:2]) as client:
+        peer, _ = server.accept()
+        tcp.repair(client.fileno(), on=True)
+        stream = tcp.save(client.fileno())[0]
+        tcp.repair(client.fileno(), on=False)
+        where = [tcp.sockaddr(family, socket.inet_pton(family, host), s.getsockname()[1]) for s in (server, client)]
+        tcp.send_packet(*where, 1 | 16, stream.inq_seq, stream.outq_seq, 1000)
+        assert client.recv(9) == b""  # a FIN
+        assert struct.unpack("B", client.getsockopt(6, 11, 1)) == (inet_diag.CLOSE_WAIT,)
+        peer.close()
