@@ -48,9 +48,7 @@ def survives(start: Targets, verbs: Verbs, images: str) -> Survives:
         assert target.alive(), "a dump that leaves it running ended it"
         if compare:
             assert_same(before, observe_tree(target.pid), ignore)
-        round_trip(
-            verbs, target, second, ignore=ignore, dump=options, restore=options, compare=compare
-        )
+        round_trip(verbs, target, second, ignore=ignore, dump=options, restore=options, compare=compare)
         target.go()
         return target
 

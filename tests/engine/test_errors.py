@@ -86,9 +86,7 @@ def test_dumping_init(images: str) -> None:
 
 
 def test_dumping_a_kernel_thread(images: str) -> None:
-    kernel_thread = next(
-        (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_kernel_thread(int(pid))), 0
-    )
+    kernel_thread = next((int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_kernel_thread(int(pid))), 0)
     assert kernel_thread, "run it in the first pid namespace"
     refused("kernel thread", kernel_thread, images)
 
@@ -175,8 +173,7 @@ def test_a_terminal_of_somebody_else_needs_shell_job(start: Targets, images: str
 
 def test_locks_need_to_be_asked_for(start: Targets, images: str) -> None:
     target = start.c(
-        "#include <sys/file.h>\nint main(void) { MUST(flock(1, LOCK_EX)); ready();"
-        ' wait_told("go"); pass(); }'
+        '#include <sys/file.h>\nint main(void) { MUST(flock(1, LOCK_EX)); ready(); wait_told("go"); pass(); }'
     )
     refused("file.locks", target.pid, images)
     target.go()
@@ -205,8 +202,7 @@ def test_a_folder_with_an_older_snapshot(start: Targets, images: str) -> None:
     """The older one is replaced by the newer one, whole, or the dump is refused; never a mixture."""
     first = start.c(IDLE)
     second = start.c(
-        "int main(void) { if (fork() == 0) for (;;) pause();"
-        ' usleep(20000); ready(); wait_told("go"); pass(); }'
+        'int main(void) { if (fork() == 0) for (;;) pause(); usleep(20000); ready(); wait_told("go"); pass(); }'
     )
     torpor.dump(second.pid, images)
     second.wait_gone()
@@ -255,9 +251,7 @@ try:
 except torpor.TorporError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     assert str(idle.pid) in done.stdout, done
     idle.go()

@@ -275,9 +275,7 @@ int main(void)
 
 
 def test_a_deleted_name_of_a_file_that_has_others(survives: Survives) -> None:
-    survives(
-        LINKED, options={"link_remap": True}, ignore=("*/fds/3/link", "*/fds/3/links", "*/fds/3/ino")
-    )
+    survives(LINKED, options={"link_remap": True}, ignore=("*/fds/3/link", "*/fds/3/links", "*/fds/3/ino"))
 
 
 FIFO = """
@@ -597,9 +595,7 @@ def test_standard_descriptors_may_be_closed(survives: Survives, which: tuple[int
     survives(f'int main(void) {{ {closed} ready(); wait_told("go"); pass(); }}')
 
 
-def test_the_file_is_the_same_after_somebody_else_has_moved_it(
-    start: Targets, survives: Survives
-) -> None:
+def test_the_file_is_the_same_after_somebody_else_has_moved_it(start: Targets, survives: Survives) -> None:
     """What is open by another name (a hard link made later) stays open."""
     target = start.c(
         'int main(void) { int fd = MUST(open("a", O_CREAT | O_RDWR, 0600)); MUST(write(fd, "x", 1));'

@@ -121,9 +121,7 @@ def _program(call: str, result: str) -> str:
 
 
 @pytest.mark.parametrize("name", [*TIMED, *COUNTED, *MADE_AGAIN])
-def test_a_wait_goes_on_and_is_not_cut_short(
-    name: str, start: Targets, verbs: Verbs, images: str
-) -> None:
+def test_a_wait_goes_on_and_is_not_cut_short(name: str, start: Targets, verbs: Verbs, images: str) -> None:
     target = start.c(_program(*{**TIMED, **COUNTED, **MADE_AGAIN}[name]), "0.8")
     time.sleep(0.2)
     round_trip(verbs, target, images, compare=False)
@@ -132,9 +130,7 @@ def test_a_wait_goes_on_and_is_not_cut_short(
 
 
 @pytest.mark.parametrize("name", [*TIMED, *COUNTED])
-def test_what_has_been_waited_counts(
-    name: str, start: Targets, library: Library, images: str
-) -> None:
+def test_what_has_been_waited_counts(name: str, start: Targets, library: Library, images: str) -> None:
     """A wait of two seconds that is dumped in its middle and restored at once takes two, not three."""
     target = start.c(_program(*{**TIMED, **COUNTED}[name]), "2")
     time.sleep(1.1)
@@ -268,9 +264,7 @@ INTERRUPTIBLE = {
 
 @pytest.mark.parametrize("name", [*INTERRUPTIBLE])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_real_signal_still_interrupts(
-    name: str, when: str, start: Targets, library: Library, images: str
-) -> None:
+def test_a_real_signal_still_interrupts(name: str, when: str, start: Targets, library: Library, images: str) -> None:
     """A signal with a handler ends the call with EINTR, whether it waits in the snapshot or comes later."""
     call, blocked = INTERRUPTIBLE[name]
     target = start.c(WAITS_FOR_A_SIGNAL.replace("CALL", call).replace("BLOCKED", str(blocked)))

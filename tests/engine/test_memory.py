@@ -43,9 +43,7 @@ static UNUSED int file_of(const char *name, size_t pages, unsigned seed)
 
 def program(body: str, after: str, before: str = "") -> str:
     """A program that does ``body``, is put through it all, and then does ``after``."""
-    return (
-        f'{COMMON}{before}int main(void)\n{{\n{body}\nready();\nwait_told("go");\n{after}\npass();\n}}'
-    )
+    return f'{COMMON}{before}int main(void)\n{{\n{body}\nready();\nwait_told("go");\n{after}\npass();\n}}'
 
 
 def test_private_and_shared_anonymous(survives: Survives) -> None:
@@ -220,8 +218,7 @@ def test_the_stack_grows_on(survives: Survives) -> None:
         program(
             "CHECK_EQ(deep(10), 10);",
             "CHECK_EQ(deep(1000), 1000);",
-            "static int deep(int n) { volatile char room[4000]; room[0] = 1;"
-            " return n ? deep(n - 1) + room[0] : 0; }\n",
+            "static int deep(int n) { volatile char room[4000]; room[0] = 1; return n ? deep(n - 1) + room[0] : 0; }\n",
         )
     )
 
@@ -522,9 +519,7 @@ def _proportional_kib(pid: int) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
 
 
-def test_pages_that_a_family_shares_stay_shared(
-    start: Targets, verbs: Verbs, images: str
-) -> None:
+def test_pages_that_a_family_shares_stay_shared(start: Targets, verbs: Verbs, images: str) -> None:
     """8 MB that six processes share copy-on-write count once after the restore, as before it."""
     target = start.c(
         program(
@@ -549,9 +544,7 @@ def test_pages_that_a_family_shares_stay_shared(
 
 
 @pytest.mark.parametrize("how", ["truncated", "replaced"])
-def test_a_file_that_has_changed_is_noticed(
-    start: Targets, images: str, criu_cmd: object, how: str
-) -> None:
+def test_a_file_that_has_changed_is_noticed(start: Targets, images: str, criu_cmd: object, how: str) -> None:
     assert callable(criu_cmd)
     target = start.c(
         program('int fd = file_of("data", 4, 1); char *p = map(4, PROT_READ, MAP_SHARED, fd, 0);', "(void)p;")

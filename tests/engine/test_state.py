@@ -291,9 +291,7 @@ int main(void)
 """
 
 
-def test_identities_groups_and_capabilities_of_each_thread(
-    start: Targets, survives: Survives
-) -> None:
+def test_identities_groups_and_capabilities_of_each_thread(start: Targets, survives: Survives) -> None:
     target = start.c(CREDENTIALS, wait=False)
     os.chmod(target.folder, 0o777)
     survives(target.wait_ready())
@@ -433,9 +431,7 @@ def test_strict_seccomp(survives: Survives) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4000, 100_000], ids=["short", "a page", "long"])
-def test_the_command_line_and_the_environment(
-    start: Targets, survives: Survives, size: int
-) -> None:
+def test_the_command_line_and_the_environment(start: Targets, survives: Survives, size: int) -> None:
     argument = ("x y" * size)[:size]
     source = 'int main(int c, char **v) { ready(); wait_told("go"); CHECK_EQ(strlen(v[1]), SIZE); pass(); }'
     target = start.c(source.replace("SIZE", str(size)), argument, env={"LONG": argument})

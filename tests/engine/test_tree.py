@@ -10,7 +10,6 @@ from kit import Target, Targets, Verbs, round_trip, wait_until
 from .conftest import Survives
 
 
-
 def survives_or_is_refused(target: Target, verbs: Verbs, images: str, word: str) -> None:
     """What few programs do may be refused, in words that name it, and then the tree runs on."""
     try:

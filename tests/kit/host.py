@@ -54,10 +54,18 @@ def descendants(root: int) -> list[int]:
 
 
 def reap(pids: list[int]) -> None:
-    """Collect those of ``pids`` that are our zombies; the others are none of our business."""
+    """Collect those of ``pids`` that are our zombies; the others are none of our business.
+
+    Their threads first: if we trace one that has ended, the process has not ended before we know.
+    """
     for pid in pids:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG | 0x40000000)  # __WALL
+        try:
+            threads = [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
+        except FileNotFoundError:
+            threads = []
+        for tid in [*(tid for tid in threads if tid != pid), pid]:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(tid, os.WNOHANG | 0x40000000)  # __WALL
 
 
 def end_descendants(keep: set[int], *, timeout: float = 10) -> None:
@@ -117,9 +125,7 @@ def host_state(*folders: str) -> dict[str, object]:
                 path = os.path.join(place, name)
                 files[path] = os.lstat(path).st_size
     return {
-        "processes": {
-            pid: (stat_fields(pid) or ["gone", "gone"])[1] for pid in descendants(os.getpid())
-        },
+        "processes": {pid: (stat_fields(pid) or ["gone", "gone"])[1] for pid in descendants(os.getpid())},
         "descriptors": _own_descriptors(),
         "mounts": _mounts(),
         "shm": [name for name in _named("/dev/shm", "torpor", "link_remap") if own in name],

@@ -195,8 +195,7 @@ def mappings(pid: int) -> list[Tree]:
 
 def _maps_by_place(pid: int) -> Tree:
     return {
-        f"{m['start']:x}-{m['end']:x}": {k: v for k, v in m.items() if k not in ("start", "end")}
-        for m in mappings(pid)
+        f"{m['start']:x}-{m['end']:x}": {k: v for k, v in m.items() if k not in ("start", "end")} for m in mappings(pid)
     }
 
 
@@ -386,9 +385,7 @@ def _differences(before: object, after: object, path: str) -> list[tuple[str, st
         return []
     if isinstance(before, str) and isinstance(after, str) and "\n" in before:
         old, new = before.splitlines(), after.splitlines()
-        gone, come = (
-            [line for line in one if line not in other] for one, other in ((old, new), (new, old))
-        )
+        gone, come = ([line for line in one if line not in other] for one, other in ((old, new), (new, old)))
         return [(path, f"{gone!r} → {come!r}")]
     return [(path, f"{before!r} → {after!r}")]
 

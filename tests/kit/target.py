@@ -32,9 +32,7 @@ class Target:
                 os._exit(127)
         self.seen = {self.pid}
 
-    def _become(
-        self, env: dict[str, str], session: bool, setup: Callable[[], object] | None
-    ) -> None:
+    def _become(self, env: dict[str, str], session: bool, setup: Callable[[], object] | None) -> None:
         if session:
             os.setsid()
         os.chdir(self.folder)
@@ -88,14 +86,10 @@ class Target:
             if os.path.exists(self.path(name)):
                 return True
             if not self.alive() and not os.path.exists(self.path(name)):
-                raise AssertionError(
-                    f"{self} ended without `{name}`: {self.read('result')} {self.read('stdout')}"
-                )
+                raise AssertionError(f"{self} ended without `{name}`: {self.read('result')} {self.read('stdout')}")
             return False
 
-        wait_until(
-            f"{self} makes `{name}`; result: {self.read('result')!r}", there, timeout=timeout
-        )
+        wait_until(f"{self} makes `{name}`; result: {self.read('result')!r}", there, timeout=timeout)
         return self.read(name)
 
     def wait_ready(self) -> Target:
@@ -158,15 +152,11 @@ class Targets:
         """Compile and start a C program (see ``kit.h``), and wait until it is ready."""
         return self.command(compile_c(source, *flags), *args, wait=wait, env=env, setup=setup)
 
-    def python(
-        self, source: str, *args: str, wait: bool = True, env: dict[str, str] | None = None
-    ) -> Target:
+    def python(self, source: str, *args: str, wait: bool = True, env: dict[str, str] | None = None) -> Target:
         """Start a Python program (see ``kit_inside``), and wait until it is ready."""
         environment = {"PYTHONPATH": os.path.join(HERE, "inside"), **(env or {})}
         preamble = "from kit_inside import *\n"
-        return self.command(
-            sys.executable, "-c", preamble + source, *args, wait=wait, env=environment
-        )
+        return self.command(sys.executable, "-c", preamble + source, *args, wait=wait, env=environment)
 
     def end(self) -> None:
         """End everything below this process that was not there when this object was made."""

@@ -47,9 +47,7 @@ def _run(argv: list[str], timeout: float, cwd: str | None = None) -> CommandResu
     return CommandResult(argv[1:], done.returncode, done.stdout, "")
 
 
-def run_criu(
-    verb: str, images: object, *args: object, timeout: float = 60, program: str = ""
-) -> CommandResult:
+def run_criu(verb: str, images: object, *args: object, timeout: float = 60, program: str = "") -> CommandResult:
     """Run ``torpor criu VERB`` on an images folder, with its log at the highest level.
 
     ``program`` is another command that understands the same arguments.

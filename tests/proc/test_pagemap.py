@@ -45,6 +45,31 @@ def test_runs_are_those_found_page_by_page(words: list[int], any_of: int, none_o
     assert all(end < start for end, (start, _) in zip(ends, runs[1:], strict=False))
 
 
+# The frame's word, the same one written or swapped, and words that hold its bytes across their border.
+AROUND_FRAME_5 = [
+    pagemap.PRESENT | 5,
+    pagemap.PRESENT | pagemap.SOFT_DIRTY | 5,
+    pagemap.PRESENT | pagemap.EXCLUSIVE | 5,
+    pagemap.SWAPPED | 5,
+    pagemap.PRESENT | 5 << 8,
+    pagemap.PRESENT | 0x80,
+    pagemap.PRESENT,
+    0,
+]
+
+
+@given(st.lists(st.sampled_from(AROUND_FRAME_5)))
+def test_a_frame_can_be_left_out(words: list[int]) -> None:
+    data = struct.pack(f"<{len(words)}Q", *words)
+    expected = [
+        page
+        for page, word in enumerate(words)
+        if word & pagemap.PRESENT and word & ~pagemap.SOFT_DIRTY != pagemap.PRESENT | 5
+    ]
+    runs = pagemap.runs(data, pagemap.PRESENT, but_frame=5)
+    assert [page for first, count in runs for page in range(first, first + count)] == expected
+
+
 @given(st.lists(st.integers(0, 2**64 - 1)))
 def test_words(words: list[int]) -> None:
     data = struct.pack(f"<{len(words)}Q", *words)

@@ -21,6 +21,7 @@ Rss:                  24 kB
 Pss:                  12 kB
 Anonymous:             8 kB
 AnonHugePages:      4096 kB
+Swap:                 20 kB
 Locked:               16 kB
 THPeligible:           0
 """
@@ -33,6 +34,7 @@ def test_recorded() -> None:
     assert one.vmflags == {"rd", "mr", "mw", "me", "dd"}
     assert (one.kernel_page_size, one.rss, one.anonymous) == (2 << 20, 24 << 10, 8 << 10)
     assert (one.anon_huge_pages, one.locked, one.protection_key) == (4 << 20, 16 << 10, 0)
+    assert one.swap == 20 << 10
 
 
 @given(

@@ -284,7 +284,8 @@ def test_options(trip) -> None:
 a, b = socketpair(AF, STREAM)
 for option, value in (
     (SO_SNDBUF, 5000), (SO_RCVBUF, 300000), (SO_PRIORITY, 3), (SO_RCVLOWAT, 7), (SO_PASSCRED, 1),
-    (SO_BROADCAST, 1), (SO_OOBINLINE, 1), (SO_KEEPALIVE, 1), (SO_MARK, 99), (SO_REUSEADDR, 1), (29, 1), (42, 3), (5, 1)):
+    (SO_BROADCAST, 1), (SO_OOBINLINE, 1), (SO_KEEPALIVE, 1), (SO_MARK, 99), (SO_REUSEADDR, 1),
+    (29, 1), (42, 3), (5, 1)):
     a.setsockopt(SOL_SOCKET, option, value)
 a.setsockopt(SOL_SOCKET, SO_RCVTIMEO, struct.pack("ll", 5, 250000))
 a.setsockopt(SOL_SOCKET, SO_SNDTIMEO, struct.pack("ll", 0, 500000))

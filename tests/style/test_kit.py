@@ -125,9 +125,7 @@ def test_for_every_call_fails_each_once() -> None:
 
 @pytest.mark.parametrize("what", ["pass", "fail"])
 def test_a_program_is_believed_only_when_it_passes(start: Targets, what: str) -> None:
-    target = start.c(
-        f'int main(void) {{ ready(); wait_told("go"); CHECK({int(what == "pass")}); pass(); }}'
-    )
+    target = start.c(f'int main(void) {{ ready(); wait_told("go"); CHECK({int(what == "pass")}); pass(); }}')
     if what == "pass":
         target.go()
     else:

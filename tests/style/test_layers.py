@@ -145,14 +145,15 @@ def test_resources_do_not_know_each_other(module: Module) -> None:
         parts = name.split(".")
         if parts[:2] != ["torpor", "resources"] or parts[2:3] not in (["files"], ["task"], ["memory"]):
             continue
-        made_of = parts[2:4] in (["files", "regular"], ["files", "memfd"], ["files", "pipe"], ["task", "creds"]) or len(parts) == 3
+        made_of = (
+            parts[2:4] in (["files", "regular"], ["files", "memfd"], ["files", "pipe"], ["task", "creds"])
+            or len(parts) == 3
+        )
         if not made_of and not parts[-1].startswith("_") and not (len(parts) > 3 and parts[3].startswith("_")):
             raise AssertionError(f"{module.relative}:{node.lineno} imports {name}: refer to it by its id")
 
 
-@each(
-    [module for module in MODULES if module.name == "torpor" or module.name.startswith("torpor.__")]
-)
+@each([module for module in MODULES if module.name == "torpor" or module.name.startswith("torpor.__")])
 def test_the_top_imports_the_engine_late(module: Module) -> None:
     for name in module.imported_at_start():
         target = room_of(name)
@@ -164,9 +165,7 @@ def test_nothing_slow_is_imported_at_start(module: Module) -> None:
     allowed = SLOW_ALLOWED.get(module.room, set())
     for name in module.imported_at_start():
         for slow in SLOW - allowed:
-            assert name != slow and not name.startswith(f"{slow}."), (
-                f"{module.relative} imports {slow}"
-            )
+            assert name != slow and not name.startswith(f"{slow}."), f"{module.relative} imports {slow}"
 
 
 @each(MODULES)
@@ -181,6 +180,4 @@ def test_a_function_is_short(module: Module) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             lines = node.end_lineno - node.lineno + 1
-            assert lines < FUNCTION_LINES_MAX, (
-                f"{module.relative}:{node.lineno} {node.name} has {lines} lines"
-            )
+            assert lines < FUNCTION_LINES_MAX, f"{module.relative}:{node.lineno} {node.name} has {lines} lines"

@@ -13,9 +13,7 @@ from kit.verbs import ROOT, SOURCES
 
 
 def project() -> dict[str, object]:
-    parsed: dict[str, object] = tomllib.loads(slurp_text(os.path.join(ROOT, "pyproject.toml")))[
-        "project"
-    ]
+    parsed: dict[str, object] = tomllib.loads(slurp_text(os.path.join(ROOT, "pyproject.toml")))["project"]
     return parsed
 
 
@@ -43,9 +41,7 @@ def test_the_commands_lead_somewhere(command: str) -> None:
 
 
 def test_nothing_is_tracked_that_can_be_made() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         pytest.skip("not a git checkout: run it in a clone")
     made = [name for name in listed.stdout.split() if name.endswith((".pyc", ".img", ".o", ".so"))

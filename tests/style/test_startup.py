@@ -24,9 +24,7 @@ HEAVY = {
 def modules_after(code: str) -> set[str]:
     """What is imported in an interpreter that does nothing but ``code``, without site's own imports."""
     program = f"import sys; sys.path.insert(0, {SOURCES!r})\n{code}\nprint(*sys.modules, sep='\\n')"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
@@ -38,9 +36,7 @@ def test_the_check_sees_what_is_imported() -> None:
 def test_the_library_imports_nothing_heavy() -> None:
     loaded = modules_after("import torpor")
     assert not HEAVY & loaded
-    assert not any(name.startswith("google") for name in loaded), (
-        "protobuf is for those who dump or restore"
-    )
+    assert not any(name.startswith("google") for name in loaded), "protobuf is for those who dump or restore"
 
 
 @pytest.mark.parametrize("module", ["torpor.cli.main", "torpor.cli.criu"])

@@ -1,7 +1,8 @@
 """Which pages a task has of its own, from /proc/PID/pagemap: for kernels without PAGEMAP_SCAN (before Linux 6.7).
 
-The file has a word for each page of the address space, holes too, so a mapping costs by its size: 2 MiB of words for each GiB.
-Mappings without a page of their own are left out, as smaps tells. Kernel: fs/proc/task_mmu.c, pte_to_pagemap_entry().
+The file has a word for each page of the address space, holes too, so a mapping costs by its size: 2 MiB of words for
+each GiB. Mappings without a page of their own are left out, as smaps tells. Kernel: fs/proc/task_mmu.c,
+pte_to_pagemap_entry().
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def zero_frame() -> int | None:
 
     Such a page is not told from others by a flag here.
     """
-    # Mapped from /dev/zero, it is anonymous memory like any other, but does not become part of a larger mapping beside it,
-    # in which the kernel might show its huge page of zeros.
+    # Mapped from /dev/zero, it is anonymous memory like any other, but does not become part of a larger mapping beside
+    # it, in which the kernel might show its huge page of zeros.
     with open("/dev/zero", "rb") as zero, mmap.mmap(zero.fileno(), PAGE, mmap.MAP_PRIVATE) as area:
         assert area[0] == 0
         address = writable_address(area)
@@ -43,9 +44,9 @@ def zero_frame() -> int | None:
 
 
 def own_pages(fd: int, task: SourceTask, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The runs of pages inside ``spans``, which are whole mappings, that hold something and are no file's, as (start, end).
+    """The runs of pages inside ``spans`` that hold something and are no file's, as (start, end).
 
-    ``fd`` is the task's pagemap.
+    ``spans`` are whole mappings; ``fd`` is the task's pagemap.
     """
     empty = {
         one.vma.start

@@ -7,6 +7,7 @@ Kernel: net/ipv4/ip_sockglue.c, net/ipv6/ipv6_sockglue.c, net/ipv4/tcp.c, net/ip
 
 from __future__ import annotations
 
+import _socket  # what `socket` adds to it costs 5 ms to import and is not needed here
 import errno
 import os
 import struct
@@ -61,18 +62,28 @@ _SOURCES_MAX = 1024
 #: What every machine is a member of: all hosts, all nodes, all nodes of the interface.
 _ALWAYS = ("010000E0", "ff020000000000000000000000000001", "ff010000000000000000000000000001")
 
-_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = {}
+_defaults: dict[tuple[int, int, int], list[tuple[int, int, int, bytes]]] = {}
+
+
+def plain(fd: int) -> _socket.socket:
+    """Python's own methods for a descriptor, for options only: what it would ask the kernel about it is not needed.
+
+    The caller must detach() it.
+    """
+    return _socket.socket(0, 0, 0, fd)
 
 
 def get(fd: int, level: int, option: int, size: int) -> bytes | None:
     """An option's value, at most ``size`` bytes; None where the socket has no such option."""
-    with sockets.Socket(fd) as sock:
-        try:
-            return sock.getsockopt(level, option, size)
-        except OSError as error:
-            if error.errno not in _UNKNOWN:
-                raise
-            return None
+    sock = plain(fd)
+    try:
+        return sock.getsockopt(level, option, size)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        return None
+    finally:
+        sock.detach()
 
 
 def number(fd: int, level: int, option: int) -> int:
@@ -83,8 +94,11 @@ def number(fd: int, level: int, option: int) -> int:
 
 def put(fd: int, level: int, option: int, value: int | bytes) -> None:
     """setsockopt(2)"""
-    with sockets.Socket(fd) as sock:
+    sock = plain(fd)
+    try:
         sock.setsockopt(level, option, value)
+    finally:
+        sock.detach()
 
 
 # ---------------------------------------------------------------------- dump
@@ -98,12 +112,17 @@ def dump(fd: int, entry: Message, *, connected: bool) -> None:
     _dump_ip(fd, entry)
     if _is_tcp(entry):
         _dump_tcp(fd, entry.tcp_opts)
-    for (level, option), usual in _usual(entry).items():
-        if connected and level == SOL_TCP and option in _TCP_ALONE:
-            continue
-        value = get(fd, level, option, max(len(usual), _size(level, option)))
-        if value is not None and value != usual:
-            entry.more.add(level=level, name=option, value=value)
+    sock = plain(fd)
+    try:
+        read = sock.getsockopt
+        for level, option, size, usual in _usual(entry):
+            if connected and level == SOL_TCP and option in _TCP_ALONE:
+                continue
+            value = read(level, option, size)
+            if value != usual:
+                entry.more.add(level=level, name=option, value=value)
+    finally:
+        sock.detach()
     if entry.family == AF_INET6:
         entry.v6only = bool(number(fd, SOL_IPV6, IPV6_V6ONLY))
     if not _is_tcp(entry):
@@ -178,28 +197,23 @@ def _tables(entry: Message) -> Iterator[tuple[int, dict[int, int]]]:
         yield SOL_UDPLITE, _UDPLITE
 
 
-def _size(level: int, option: int) -> int:
-    table = {SOL_IP: _IP, SOL_IPV6: _IPV6, SOL_TCP: _TCP}.get(level, {})
-    return table.get(option, 4)
-
-
 _MULTICAST = {SOL_IP: (32, 33, 34, 49), SOL_IPV6: (17, 18, 19, 29)}  # cannot be set for a stream
 
 
-def _usual(entry: Message) -> dict[tuple[int, int], bytes]:
-    """(level, option) → value in a new socket of the same kind, of the options that go to ``more``."""
+def _usual(entry: Message) -> list[tuple[int, int, int, bytes]]:
+    """(level, option, size, value in a new socket of the same kind) of the options that go to ``more``."""
     key = entry.family, entry.type, entry.proto
     if key not in _defaults:
         fresh = sockets.socket(*key)
         try:
-            found = {}
+            found = []
             for level, table in _tables(entry):
                 for option, size in table.items():
                     if entry.type == SOCK_STREAM and option in _MULTICAST.get(level, ()):
                         continue
                     value = get(fresh, level, option, size)
                     if value is not None:
-                        found[level, option] = value
+                        found.append((level, option, size, value))
         finally:
             os.close(fresh)
         _defaults[key] = found

@@ -17,6 +17,8 @@ from ..linux.sockets import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET, Socket,
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
+
     from ..images.schema import Message
 
 # include/uapi/asm-generic/socket.h
@@ -82,44 +84,43 @@ def dump(fd: int) -> Message:
         on, seconds = struct.unpack("=ii", get(SOL_SOCKET, SO_LINGER, 8))
         if on:
             entry.so_linger = seconds & 0xFFFFFFFF
-        locked = _get(fd, SO_BUF_LOCK, 4)
+        locked = _get(sock, SO_BUF_LOCK, 4)
         if locked is not None:
             entry.so_buf_lock = int.from_bytes(locked, "little")
         device = get(SOL_SOCKET, SO_BINDTODEVICE, IFNAMSIZ).rstrip(b"\0")
         if device:
             pb.put_bytes(entry, "so_bound_dev", device)
-        usual = _usual(fd)
+        usual = _usual(sock)
         for option, value_ in usual.items():
-            now = _get(fd, option, len(value_))
+            now = _get(sock, option, len(value_))
             if now is not None and now != value_:
                 entry.more.add(level=SOL_SOCKET, name=option, value=now)
     entry.so_filter.extend(_filter(fd))
     return entry
 
 
-def _get(fd: int, option: int, size: int) -> bytes | None:
-    with Socket(fd) as sock:
-        try:
-            return sock.getsockopt(SOL_SOCKET, option, size)
-        except OSError as error:
-            if error.errno not in _UNKNOWN:
-                raise
-            return None
+def _get(sock: _socket.socket, option: int, size: int) -> bytes | None:
+    try:
+        return sock.getsockopt(SOL_SOCKET, option, size)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        return None
 
 
-def _usual(fd: int) -> dict[int, bytes]:
+def _usual(sock: _socket.socket) -> dict[int, bytes]:
     """Option → value in a new socket of the same kind, of the options that go to ``more``."""
-    with Socket(fd) as sock:
-        one, two, three = (sock.getsockopt(SOL_SOCKET, what) for what in (SO_DOMAIN, SO_TYPE, SO_PROTOCOL))
+    one, two, three = (sock.getsockopt(SOL_SOCKET, what) for what in (SO_DOMAIN, SO_TYPE, SO_PROTOCOL))
     key = one, two, three
     if key not in _defaults:
         found = {}
         fresh = socket(*key)
         try:
-            for option, size in (*_MORE.items(), (SO_PEEK_OFF, 4), (SO_LOCK_FILTER, 4)):
-                value = _get(fresh, option, size)
-                if value is not None:
-                    found[option] = value
+            with Socket(fresh) as new:
+                for option, size in (*_MORE.items(), (SO_PEEK_OFF, 4), (SO_LOCK_FILTER, 4)):
+                    value = _get(new, option, size)
+                    if value is not None:
+                        found[option] = value
         finally:
             os.close(fresh)
         _defaults[key] = found
@@ -160,7 +161,7 @@ def restore(fd: int, entry: Message) -> None:
         ):
             if size and get(SOL_SOCKET, option) != size:
                 put(SOL_SOCKET, force, size // 2)  # the kernel doubles it
-        if entry.HasField("so_buf_lock") and _get(fd, SO_BUF_LOCK, 4) is not None:
+        if entry.HasField("so_buf_lock") and _get(sock, SO_BUF_LOCK, 4) is not None:
             put(SOL_SOCKET, SO_BUF_LOCK, entry.so_buf_lock)
         for field, option in _NUMBERS.items():
             if not entry.HasField(field):

@@ -90,8 +90,8 @@ class Packet(FileResource):
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         with doing(f"packet socket on {entry.ifname or entry.ifindex or 'all interfaces'}"):
             index = interface(entry.ifindex, entry.ifname)
-            # Without a protocol it sees nothing until it is bound.
-            fd = sockets.socket(AF_PACKET, entry.type, 0)
+            # Without a protocol it sees nothing until it is bound; the old kind cannot be given one then.
+            fd = sockets.socket(AF_PACKET, entry.type, entry.protocol if entry.type == SOCK_PACKET else 0)
             try:
                 _fill(fd, entry, index)
             except BaseException:
