@@ -1,5 +1,7 @@
 """Sockets of IPv4 and IPv6 through the whole engine, in a network of the test's own."""
 
+# ruff: noqa: E501 - programs in strings
+
 from __future__ import annotations
 
 import os
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit import Library, Target, Targets
+from kit.host import wait_until
 from kit.network import own_network
 from torpor.errors import TorporError, Unsupported
 from torpor.linux import inet_diag
@@ -376,6 +379,35 @@ def test_let_go_when_the_dump_fails(trip: Callable[[str, str], Trip], monkeypatc
         assert not tables()
         peer.sendall(b"go on")
         made.target.go()
+        assert peer.recv(9) == b"yes"
+        peer.close()
+
+
+def test_let_go_when_torpor_is_killed(trip: Callable[[str, str], Trip], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torpor.resources import locks
+
+    with listener() as server:
+        made = trip(
+            outside(server, "s.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)"),
+            "same('reuse', s.getsockopt(SOL_SOCKET, SO_REUSEADDR), 1); same('data', s.recv(9), b'go on'); s.sendall(b'yes')",
+        )
+        peer, _ = server.accept()
+
+        def die(ctx: object) -> None:
+            os.kill(os.getpid(), 9)
+
+        monkeypatch.setattr(locks, "finish", die)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                made.library.dump(made.target.pid, made.images, **ESTABLISHED)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+        wait_until("the lock is lifted", lambda: not tables())
+        peer.sendall(b"go on")
+        made.target.go()
+        peer.settimeout(20)
         assert peer.recv(9) == b"yes"
         peer.close()
 

@@ -136,7 +136,8 @@ def test_only_images_knows_protobuf(module: Module) -> None:
 def test_resources_do_not_know_each_other(module: Module) -> None:
     """A resource may use what lies beside the folders (base, helpers for several of them) and what others are made of.
 
-    A mapped file is a regular file, shared memory is a memfd, a FIFO is a pipe with a name; everything else refers to a file by its id.
+    A mapped file is a regular file, shared memory is a memfd, a FIFO is a pipe with a name; everything else
+    refers to a file by its id.
     """
     folder = module.name.split(".")[:3]
     if len(folder) < 3 or folder[2] not in ("files", "task", "memory"):

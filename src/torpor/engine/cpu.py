@@ -32,6 +32,12 @@ COMPONENTS = {
 }
 
 
+#: XCR0 bit → what people call it.
+FEATURES = {
+    2: "AVX", 3: "MPX", 4: "MPX", 5: "AVX-512", 6: "AVX-512", 7: "AVX-512", 9: "PKU", 17: "AMX", 18: "AMX", 19: "APX",
+}  # fmt: skip
+
+
 def dump(thread: Any, core: Message, regs: user_regs_struct) -> None:
     """Fill in core.thread_info from the stopped thread; ``regs`` are the general registers to store."""
     info = core.thread_info
@@ -78,10 +84,26 @@ def component_offsets(state_bytes: int) -> dict[int, int]:
     return _offsets[state_bytes]
 
 
+def check(core: Message, image: str) -> None:
+    """Raise Unsupported when the thread uses a register set that this CPU, or its kernel, does not have."""
+    from ..linux.cpuid import xsave_components
+
+    fp = core.thread_info.fpregs
+    in_use = fp.xsave.xstate_bv if fp.HasField("xsave") else 3
+    here = xsave_components() if in_use >> 2 else {}
+    for bit in range(2, 64):
+        if in_use >> bit & 1 and (bit not in here or bit not in COMPONENTS):
+            name = FEATURES.get(bit, f"XSAVE component {bit}")
+            raise Unsupported(
+                f"{image}: the task uses registers that this CPU does not have: {name}",
+                hint="restore it on a CPU with at least the features of the one it was dumped on",
+            )
+
+
 def restore_fpu(fp: Message, template: bytes, image: str) -> bytes:
     """The state to set: ``template`` is what the stub has (its layout is this CPU's), the rest comes from the image.
 
-    Raises Unsupported when the image holds a component in use that this CPU does not have.
+    What this CPU does not have was refused by :func:`check` before.
     """
     state = bytearray(template)
     for name in ("cwd", "swd", "twd", "fop"):
@@ -96,13 +118,6 @@ def restore_fpu(fp: Message, template: bytes, image: str) -> bytes:
         return bytes(state)
     in_use = fp.xsave.xstate_bv if fp.HasField("xsave") else 3
     offsets = component_offsets(len(state))
-    for bit in range(2, 63):
-        if in_use >> bit & 1 and bit not in offsets:
-            name = COMPONENTS[bit][0] if bit in COMPONENTS else f"component {bit}"
-            raise Unsupported(
-                f"{image}: the task uses an extended register set ({name}) that this CPU does not have",
-                hint="restore it on a CPU with at least the features of the one it was dumped on",
-            )
     struct.pack_into("<Q", state, FXSAVE_BYTES, in_use)
     for bit, offset in offsets.items():
         name, word, size = COMPONENTS[bit]

@@ -152,6 +152,7 @@ class _Restore:
                         hint="end that process, or restore in a pid namespace of its own",
                     )
             for thread in task.threads if task.alive else ():
+                cpu.check(thread.core, thread.image)
                 for kind in self.kinds:
                     check = getattr(kind, "check", None)
                     if check is not None:

@@ -21,7 +21,9 @@ Ring = tuple[int, ...]
 
 
 class PacketSocket:
-    """One socket. ``protocol`` is in host order; ``members`` are (ifindex, count, type, address); ``fanout`` may be None.
+    """One socket. ``protocol`` is in host order, ``members`` are (ifindex, count, type, address).
+
+    ``fanout`` is None outside of any group.
     """
 
     __slots__ = (

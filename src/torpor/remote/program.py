@@ -174,7 +174,7 @@ class Program:
             store = record.store
             words.append(self.base + store[0] * RECORD_BYTES + 8 * (1 + store[1]) if store else 0)
             words.append(record.may_fail)
-            words.append(record.child.base if record.child else 0)
+            words.append(record.child.base if record.child is not None else 0)
             words.append(record.transfer)
         words.extend((0,) * RECORD_WORDS)
         data = bytearray(self.data)

@@ -193,6 +193,8 @@ class DumpContext:
         self.file_id: Callable[[int, SourceFile], int]
         #: What was changed about the tasks' things, to be taken back if they are to live on.
         self.undo = Undo()
+        #: Called when the dump ends, however it does.
+        self.at_end: list[Callable[[], object]] = []
         self._next: dict[str, int] = {}
         self._borrowed: dict[tuple[int, int], int] = {}
         self._adopted: list[int] = []
@@ -210,6 +212,9 @@ class DumpContext:
 
     def close(self) -> None:
         """Give back what was borrowed."""
+        for step in self.at_end:
+            step()
+        self.at_end.clear()
         for fd in (*self._borrowed.values(), *self._adopted):
             os.close(fd)
         self._borrowed.clear()

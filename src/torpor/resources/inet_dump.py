@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from .. import log
 from ..errors import KernelError, Unsupported, doing
@@ -24,6 +25,7 @@ from .inet_options import (
     SOCK_STREAM,
     number,
 )
+from .tcp_guard import Guard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ SUPPORTED = {
 }
 _READ, _WRITE, _BOTH = 1, 2, 3
 _TRIES = 64
+_SETTING_S = 0.5
 
 
 class Kind:
@@ -304,20 +307,24 @@ def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:
     known = {_plain(quad) for quad in quads.values()}
     local = {ino for ino, quad in quads.items() if _plain(quad[2:] + quad[:2]) in known}
     taken: dict[int, _Taken] = {}
-    held = _Held(taken)
-    ctx.undo.add("TCP connections", held.let_go)
-    with doing("network lock"):
-        held.lock = network_lock.lock(
-            [quad for ino, quad in quads.items() if ino not in local], ctx.options.network_lock
-        )
-    ctx.memo["network lock"] = held.lock
     for ino, (task, fd) in holders.items():
         own = _borrow(ctx, task.pid, fd)
         kind = Kind(own)
         entry = pb.inet_sk_entry(family=kind.family, type=kind.type, proto=kind.protocol)
         with doing(f"task {task.pid}"), doing(f"fd {fd}"):
             _options(own, entry, connected=True)
-            taken[ino] = _Taken(own, entry)
+        taken[ino] = _Taken(own, entry)
+    held = _Held(taken)
+    ctx.undo.add("TCP connections", held.let_go)
+    with doing("network lock"):
+        held.lock = network_lock.lock(
+            [quad for ino, quad in quads.items() if ino not in local],
+            ctx.options.network_lock,
+            before=lambda lock: _set_guard(held, lock, ctx),
+        )
+    ctx.memo["network lock"] = held.lock
+    for ino, (task, fd) in holders.items():
+        with doing(f"task {task.pid}"), doing(f"fd {fd}"):
             _take(taken[ino])
     _settle([taken[ino] for ino in local])
     ctx.memo[key] = taken
@@ -389,6 +396,13 @@ class _Held:
         self.taken = taken
         self.lock: network_lock.Lock | None = None
 
+    def let_go_for_good(self) -> None:
+        """As let_go(), by the guard: a program that sets the lock may still have been under way."""
+        self.let_go()
+        time.sleep(_SETTING_S)
+        if self.lock is not None:
+            self.lock.lift()
+
     def let_go(self) -> None:
         """The tree lives on."""
         try:
@@ -396,4 +410,18 @@ class _Held:
                 self.lock.lift()
         finally:
             for one in self.taken.values():
-                _give_back(one)
+                if inet_options.number(one.fd, inet_options.SOL_TCP, tcp.TCP_REPAIR):
+                    _give_back(one)
+
+
+def _set_guard(held: _Held, lock: network_lock.Lock, ctx: DumpContext) -> None:
+    """From now on somebody lets go in our place should we be killed."""
+    held.lock = lock
+    pids = [task.pid for task in ctx.tasks.values() if not task.zombie]
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    try:
+        guard = Guard(pidfds, [one.fd for one in held.taken.values()], held.let_go_for_good)
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+    ctx.at_end.append(guard.dismiss)

@@ -8,6 +8,7 @@ rules of iptables, again those of CRIU. Our own packets carry a mark that is let
 
 from __future__ import annotations
 
+import os
 import uuid
 
 from .. import log
@@ -16,7 +17,7 @@ from ..linux.inet_diag import text, unmapped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 MARK = 0xC114
 #: inventory_entry.network_lock_method
@@ -43,20 +44,24 @@ class Lock:
             _iptables("-D", self.quads)
 
 
-def lock(quads: Sequence[Quad], wanted: str) -> Lock:
+def lock(quads: Sequence[Quad], wanted: str, *, before: Callable[[Lock], object] = lambda _: None) -> Lock:
     """Hold back the packets of these connections. ``wanted`` is what --network-lock says.
 
+    ``before`` is told of the lock before it is set, for it has to be lifted even if we are killed meanwhile.
     Raises Unsupported when neither program is there, TorporError when the one that is there fails.
     """
     if wanted == "skip" or not quads:
-        return Lock(SKIP, "", ())
-    made = Lock(NFTABLES, str(uuid.UUID(bytes=_random(), version=4)), quads)
-    plain = [tuple(unmapped(part) if isinstance(part, bytes) else part for part in quad) for quad in quads]
+        made = Lock(SKIP, "", ())
+        before(made)
+        return made
     if _has("nft"):
-        _nft(_script(table(made.run_id), plain))  # type: ignore[arg-type]
+        made = Lock(NFTABLES, str(uuid.UUID(bytes=os.urandom(16), version=4)), quads)
+        before(made)
+        _nft(_script(table(made.run_id), quads))
         return made
     if wanted == "iptables" and _has("iptables"):
-        made.method, made.run_id = IPTABLES, ""
+        made = Lock(IPTABLES, "", quads)
+        before(made)
         try:
             _iptables("-I", quads)
         except TorporError:
@@ -67,12 +72,6 @@ def lock(quads: Sequence[Quad], wanted: str) -> Lock:
         "connections cannot be held back while they are dumped: there is no program `nft`",
         hint="install nftables, or use --network-lock skip if a firewall does this already",
     )
-
-
-def _random() -> bytes:
-    import os
-
-    return os.urandom(16)
 
 
 def table(run_id: str) -> str:
@@ -88,7 +87,7 @@ def _script(name: str, quads: Iterable[Quad]) -> str:
         lines.append(f"add rule {name} {hook} meta mark {MARK:#x} accept")
     four: list[str] = []
     six: list[str] = []
-    for here, port, there, peer in quads:
+    for here, port, there, peer in ((unmapped(a), b, unmapped(c), d) for a, b, c, d in quads):
         into = four if len(here) == 4 else six
         into.append(f"{text(here)} . {port} . {text(there)} . {peer}")
         into.append(f"{text(there)} . {peer} . {text(here)} . {port}")
