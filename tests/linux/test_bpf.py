@@ -49,7 +49,7 @@ def test_pointers_are_followed_and_long_places_read_whole(sleeper: int) -> None:
     tasks = reader(
         bpf.Place(0, size),
         bpf.Place(at("group_leader"), 8),
-        bpf.Place(0, size, through=at("group_leader")),
+        bpf.Place(0, size, through=(at("group_leader"),)),
         bpf.Place(at("pid"), 4),
     )
     try:

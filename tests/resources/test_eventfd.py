@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kit.file_bench import Bench, seen
 from torpor.images import schema as pb
-from torpor.resources.files.eventfd import RESOURCE
+from torpor.resources.files.eventfd import RESOURCE, is_semaphore
 
 
 def shown(fd: int) -> object:
@@ -68,3 +68,23 @@ def test_a_counter_that_cannot_be_is_an_error_and_does_not_wait() -> None:
             )
         assert caught.value.errno == errno.EINVAL
         assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("semaphore", [False, True])
+def test_a_semaphore_is_seen_where_fdinfo_does_not_tell(semaphore: bool) -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | (os.EFD_SEMAPHORE if semaphore else 0))
+    assert is_semaphore(fd) is semaphore
+    os.close(fd)
+
+
+def test_without_bpf_it_is_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torpor.errors import Unsupported
+    from torpor.linux import btf
+
+    def refuse(_: object) -> None:
+        raise Unsupported("not here")
+
+    monkeypatch.setattr(btf, "lookup", refuse)
+    fd = os.eventfd(0, os.EFD_SEMAPHORE)
+    assert is_semaphore(fd) is False
+    os.close(fd)

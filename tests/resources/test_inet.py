@@ -606,3 +606,8 @@ def test_a_segment_of_ours_is_taken_for_the_peer_s(family: int, host: str) -> No
         assert client.recv(9) == b""  # a FIN
         assert struct.unpack("B", client.getsockopt(6, 11, 1)) == (inet_diag.CLOSE_WAIT,)
         peer.close()
+
+
+def test_the_lock_is_called_as_criu_calls_it() -> None:
+    # A buffer of 32 in criu/netfilter.c: what CRIU has set is found only by the name that went in.
+    assert network_lock.table("a6fc569d-a6f8-4410-903a-4989a2340ee9") == "inet CRIU-a6fc569d-a6f8-4410-90"

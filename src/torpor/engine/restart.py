@@ -263,7 +263,7 @@ class _WaitReader:
         places = [
             bpf.Place(self.at["block"], self.BLOCK_BYTES),
             bpf.Place(self.at["switches"], 8),
-            bpf.Place(0, self.STACK_BYTES, through=self.at["stack"]),
+            bpf.Place(0, self.STACK_BYTES, through=(self.at["stack"],)),
         ]
         self._tasks = bpf.TaskReader(self.at["iterator"], places)
 

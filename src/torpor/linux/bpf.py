@@ -53,11 +53,11 @@ def _call(helper: int) -> bytes:
 
 
 class Place:
-    """``size`` bytes at ``offset`` of the task, or, with ``through``, of what the pointer at that offset points to."""
+    """``size`` bytes at ``offset`` of the task, or of what is reached from it by the pointers at ``through``."""
 
     __slots__ = ("offset", "size", "through")
 
-    def __init__(self, offset: int, size: int, *, through: int | None = None) -> None:
+    def __init__(self, offset: int, size: int, *, through: Sequence[int] = ()) -> None:
         self.offset = offset
         self.size = size
         self.through = through
@@ -80,13 +80,13 @@ def program(places: Sequence[Place]) -> bytes:
     body += _store(R10, head + 16, R7) + _write(24, head)
     body += _copy(R6, R7)
     for place in places:
-        if place.through is not None:
-            body += _read(place.through, 8, area)
+        for pointer in place.through:
+            body += _read(pointer, 8, area)
             body += _load(R7, R10, area)
         for start in range(0, place.size, CHUNK):
             count = min(CHUNK, place.size - start)
             body += _read(place.offset + start, count, area) + _write(count, area)
-        if place.through is not None:
+        if place.through:
             body += _copy(R7, R6)
     skip = _insn(0x15, R7, offset=len(body) // 8)  # the call that ends the walk has no task
     return _load(R7, R1, 8) + skip + body + _set(R0, 0) + _insn(0x95)

@@ -198,7 +198,12 @@ def _others(fd: int, entry: Message, kind: Kind, ctx: DumpContext) -> None:
         )
     if kind.protocol in (IPPROTO_UDP, IPPROTO_UDPLITE):
         shown = _diag(ctx, kind.protocol).get(entry.ino)
-        entry.shutdown = shown.shutdown if shown else _poll(fd)
+        _shut(entry, shown.shutdown if shown else _poll(fd))
+
+
+def _shut(entry: Message, how: int) -> None:
+    if how:  # CRIU has no use for a field that says NONE
+        entry.shutdown = how
 
 
 def _waiting(fd: int) -> int:
@@ -270,7 +275,7 @@ def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, s
         getattr(entry, field).CopyFrom(getattr(taken.entry, field))
     entry.v6only = taken.entry.v6only
     entry.more.extend(taken.entry.more)
-    entry.shutdown = _READ if entry.state == ESTABLISHED and _poll(fd) & _READ else _shut_in(entry.state)
+    _shut(entry, _READ if entry.state == ESTABLISHED and _poll(fd) & _READ else _shut_in(entry.state))
     ctx.images.write_one(f"tcp-stream-{entry.ino:x}", stream, to_read + to_send)
 
 

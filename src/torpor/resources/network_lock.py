@@ -75,8 +75,8 @@ def lock(quads: Sequence[Quad], wanted: str, *, before: Callable[[Lock], object]
 
 
 def table(run_id: str) -> str:
-    """The name of the nftables table, its family first."""
-    return f"inet CRIU-{run_id}"
+    """The name of the nftables table, its family first. CRIU's has room for 31 characters of it."""
+    return f"inet CRIU-{run_id}"[:31]
 
 
 def _script(name: str, quads: Iterable[Quad]) -> str:

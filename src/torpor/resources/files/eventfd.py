@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from ... import log
+from ...errors import KernelError, Unsupported
 from ...images import schema as pb
 from ...proc import fdinfo_kinds
 from ..base import FileResource, unsupported
@@ -36,7 +38,7 @@ class Eventfd(FileResource):
         entry = pb.eventfd_file_entry(
             id=source.id, flags=source.flags, fown=ctx.fown(source), counter=seen.counter
         )
-        if seen.semaphore:
+        if is_semaphore(source.borrow()) if seen.semaphore is None else seen.semaphore:
             entry.semaphore = True  # CRIU's image cannot say it
         return entry
 
@@ -52,6 +54,30 @@ class Eventfd(FileResource):
             os.close(fd)
             raise
         return fd
+
+
+def is_semaphore(fd: int) -> bool:
+    """Has our eventfd EFD_SEMAPHORE? Read from the kernel's memory; taken not to have it where that is refused.
+
+    For kernels whose fdinfo does not tell: Linux kernel commit 33d8b5d7824c ("eventfd: show the EFD_SEMAPHORE flag in
+    fdinfo") (in v6.5).
+    """
+    from ...linux import bpf, btf
+
+    way = ("task_struct.files", "files_struct.fdt", "fdtable.fd", "file.private_data")
+    try:
+        at = btf.lookup([*way, "eventfd_ctx.flags", "bpf_iter_task()"])
+        files, table, array, private = (at[name] for name in way)
+        flags = bpf.Place(at["eventfd_ctx.flags"], 4, through=(files, table, array, 8 * fd, private))
+        reader = bpf.TaskReader(at["bpf_iter_task()"], [flags])
+        try:
+            record = reader.read(os.getpid())
+        finally:
+            reader.close()
+    except (KernelError, Unsupported) as error:
+        log.warning(f"eventfd: whether it is a semaphore cannot be seen here, and it is taken for none: {error}")
+        return False
+    return record is not None and bool(record.fields[0][0] & os.EFD_SEMAPHORE)
 
 
 RESOURCE = Eventfd()
