@@ -317,7 +317,7 @@ UNREAD = {
         "no_default_config explain json progress pid"
     ),
     "of check": "feature extra experimental",
-    "not honest yet": "cpu_cap manage_cgroups libdir",
+    "not honest yet": "cpu_cap libdir",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import pytest
 
-from kit import Target, Targets, Verbs, assert_same, observe_tree, round_trip
+from kit import Target, Targets, Verbs, assert_same, observe_settled, observe_tree, round_trip
 
 
 class Survives(Protocol):
@@ -43,7 +43,7 @@ def survives(start: Targets, verbs: Verbs, images: str) -> Survives:
         first, second = os.path.join(images, "running"), os.path.join(images, "killed")
         os.mkdir(first)
         os.mkdir(second)
-        before = observe_tree(target.pid)
+        before = observe_settled(target.pid)
         verbs.dump(target.pid, first, leave_running=True, **options)
         assert target.alive(), "a dump that leaves it running ended it"
         if compare:

@@ -21,6 +21,7 @@ from kit import (
     assert_same,
     diff,
     host_state,
+    observe_settled,
     observe_tree,
     run_criu,
     run_torpor,
@@ -142,7 +143,7 @@ def test_everything_in_the_way_is_named_at_once(start: Targets, images: str) -> 
         " if (fork() == 0) { MUST(syscall(SYS_userfaultfd, 0)); for (;;) pause(); }"
         ' usleep(20000); ready(); wait_told("go"); pass(); }'
     )
-    before = observe_tree(target.pid)
+    before = observe_settled(target.pid)
     with pytest.raises(torpor.Unsupported) as caught:
         torpor.dump(target.pid, images)
     causes = getattr(caught.value, "causes", [caught.value])
@@ -228,7 +229,7 @@ def test_a_full_disk(start: Targets) -> None:
     os.mkdir(small)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", small], check=True)
     try:
-        before = observe_tree(target.pid)
+        before = observe_settled(target.pid)
         with pytest.raises(torpor.TorporError, match=r"No space left|ENOSPC"):
             torpor.dump(target.pid, small)
         assert os.listdir(small) == []

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 import torpor
-from kit import Targets, assert_same, descendants, diff, observe_tree, wait_until
+from kit import Targets, assert_same, descendants, diff, observe_settled, observe_tree, wait_until
 from kit.chaos import campaign_size, duration, kill_in_the_middle
 from kit.files import slurp_text
 from kit.host import reap, stat_fields
@@ -161,7 +161,7 @@ VOLATILE = ("*/stat/vsize", "*/status/VmSize", "*/status/VmData", "*/maps/*", "*
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(240 + campaign_size(0) * 4)
 @pytest.mark.parametrize("name", [*TARGETS])
 def test_a_killed_dump_does_no_harm(start: Targets, images: str, name: str) -> None:
     target = start.c(TARGETS[name])
@@ -174,7 +174,7 @@ def test_a_killed_dump_does_no_harm(start: Targets, images: str, name: str) -> N
     # In this process once: from here on, nothing has to be imported or looked up for the first time.
     os.mkdir(folder)
     dump()
-    before = observe_tree(target.pid)
+    before = observe_settled(target.pid)
     seconds = duration(dump)
     killed = 0
     for _ in range(campaign_size(60) // len(TARGETS)):
@@ -209,13 +209,13 @@ int main(void)
 
 
 @pytest.mark.campaign
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(240 + campaign_size(0) * 4)
 def test_a_killed_restore_leaves_no_half_made_task(start: Targets, images: str) -> None:
     target = start.c(FAMILY)
     wait_until("the family is there", lambda: len(target.pids()) == 5)
     wait_until("all have two threads", lambda: all(_threads(pid) == 2 for pid in target.pids()))
     torpor.dump(target.pid, images, leave_running=True)
-    before = observe_tree(target.pid)
+    before = observe_settled(target.pid)
     target.end()
     target.wait_gone()
     seconds = duration(lambda: torpor.restore(images))

@@ -7,7 +7,14 @@ not decide whether the engine was right. Only :mod:`kit.verbs` (which runs Torpo
 
 from .faults import Faults, for_every_call
 from .host import descendants, end_descendants, host_state, start_time, wait_until
-from .observe import assert_same, diff, observe, observe_memory, observe_tree
+from .observe import (
+    assert_same,
+    diff,
+    observe,
+    observe_memory,
+    observe_settled,
+    observe_tree,
+)
 from .programs import compile_c
 from .target import Target, Targets
 from .verbs import Command, CommandResult, Library, Peer, Untouched, Verbs, round_trip, run_criu, run_torpor
@@ -31,6 +38,7 @@ __all__ = [
     "host_state",
     "observe",
     "observe_memory",
+    "observe_settled",
     "observe_tree",
     "round_trip",
     "run_criu",

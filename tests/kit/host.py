@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .files import slurp_text
 
@@ -111,7 +112,7 @@ def _mounts() -> list[str]:
     return sorted(line for line in lines if alone or "torpor" in line)
 
 
-def host_state(*folders: str) -> dict[str, object]:
+def host_state(*folders: str) -> dict[str, Any]:
     """All that an operation could leave behind and that is ours; compare two with ``diff``.
 
     ``folders`` are listed with sizes, whole trees. Things outside of this process (/dev/shm, control

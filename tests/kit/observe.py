@@ -17,6 +17,7 @@ import os
 import re
 import struct
 import termios
+import time
 
 from .files import slurp_text
 from .host import descendants, stat_fields
@@ -367,6 +368,21 @@ def observe_tree(root: int) -> Tree:
     names = Names()
     tree = {pid: observe(pid, names) for pid in (root, *descendants(root))}
     return {**{str(pid): seen for pid, seen in tree.items()}, "shared": _sharing(tree)}
+
+
+def observe_settled(root: int, *, looks_max: int = 200) -> Tree:
+    """As :func:`observe_tree`, once two looks a moment apart are alike.
+
+    A program says that it is ready before its children have finished being born, for example.
+    """
+    seen = observe_tree(root)
+    for _ in range(looks_max):
+        time.sleep(0.005)
+        again = observe_tree(root)
+        if again == seen:
+            break
+        seen = again
+    return seen
 
 
 def _differences(before: object, after: object, path: str) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from .files import slurp_text
-from .observe import assert_same, observe_tree
+from .observe import assert_same, observe_settled, observe_tree
 from .target import Target
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -153,7 +153,7 @@ def round_trip(
     ``dump`` and ``restore`` are the options of each; ``ignore`` holds patterns of what may differ.
     """
     target.pids()
-    before = observe_tree(target.pid)
+    before = observe_settled(target.pid)
     if verbs.name == "untouched":
         assert_same(before, observe_tree(target.pid), ignore if compare else ("*",))
         return

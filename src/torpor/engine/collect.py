@@ -155,11 +155,24 @@ def _thread(task: SourceTask, tid: int, seized: Seized) -> SourceThread:
     return thread
 
 
-def read_mappings(task: SourceTask) -> None:
-    """Fill in ``task.mappings``."""
-    vmas = proc_maps.parse(read(task.pid, "maps"))
-    flags = {start: names for start, _, names in proc_smaps.parse_flags(read(task.pid, "smaps"))}
-    task.mappings = [Mapping(vma, flags.get(vma.start, frozenset())) for vma in vmas]
+def read_mappings(task: SourceTask, known: dict[object, Any]) -> None:
+    """Fill in ``task.mappings``; tasks with the same ones get the same list, by way of ``known``."""
+    text, figures = read(task.pid, "maps"), read(task.pid, "smaps")
+    key = text, *proc_smaps.raw_flags(figures)
+    found = known.get(key)
+    if found is None:
+        flags = {start: names for start, _, names in proc_smaps.parse_flags(figures)}
+        vmas = parsed_maps(text, known)
+        found = known[key] = [Mapping(vma, flags.get(vma.start, frozenset())) for vma in vmas]
+    task.mappings = found
+
+
+def parsed_maps(text: bytes, known: dict[object, Any]) -> list[proc_maps.Vma]:
+    """What the content of a maps file says; ``known`` remembers it, for the tasks of a forked tree have the same."""
+    found: list[proc_maps.Vma] | None = known.get(text)
+    if found is None:
+        found = known[text] = proc_maps.parse(text)
+    return found
 
 
 def open_handles(task: SourceTask) -> None:

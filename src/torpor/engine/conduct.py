@@ -18,6 +18,7 @@ from ..proc.read import read
 from ..remote import machine, stub
 from ..remote.program import Program
 from ..remote.tracee import SIGTRAP, Stop, wait_stop
+from ..resources import cgroups_build
 from ..resources.memory import vdso
 from ..resources.task import pending
 from . import restart
@@ -40,8 +41,10 @@ def check_vdso(snapshot: Snapshot) -> None:
     here = _own_vdso()
     checked = False
     for task in snapshot.tasks.values():
+        if checked:
+            break
         wanted = vdso.layout(task.mm.vmas) if task.alive else None
-        if wanted is None or checked:
+        if wanted is None:
             continue
         if here is None:
             raise Unsupported("this kernel has no vDSO and the snapshot's tasks have one")
@@ -51,7 +54,17 @@ def check_vdso(snapshot: Snapshot) -> None:
             checked = True
 
 
+_here: list[tuple[tuple[int, int, int], bytes] | None] = []
+
+
 def _own_vdso() -> tuple[tuple[int, int, int], bytes] | None:
+    """Ours: (start of vvar, start, end) and content. It stays where it is, so it is looked up once."""
+    if not _here:
+        _here.append(_find_own_vdso())
+    return _here[0]
+
+
+def _find_own_vdso() -> tuple[tuple[int, int, int], bytes] | None:
     vmas = proc_maps.parse(read(os.getpid(), "maps"))
     code = [vma for vma in vmas if vma.kind == proc_maps.VDSO]
     if not code:
@@ -108,6 +121,7 @@ class Conductor:
         pid, _ = stub.launch([root.pid], self.arena, keep, sibling=sibling, loginuid=_loginuid_of(root))
         self.live[pid] = self.programs[root.pid]
         self.started.append(pid)
+        cgroups_build.enter(root.pid, pid, self.ctx)
         stub.start(pid, self.arena, self.programs[root.pid])
         return pid
 
@@ -181,6 +195,7 @@ class Conductor:
         self.started.append(tid)
         self.live[tid] = self.programs[tid]
         wait_stop(tid)
+        cgroups_build.enter(tid, tid, self.ctx)
         ptrace.resume(tid)
 
     def _until_end(self, pid: int) -> None:

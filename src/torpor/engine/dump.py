@@ -15,16 +15,17 @@ from ..errors import KernelError, UsageError, doing
 from ..images import schema as pb
 from ..images.store import ImageWriter
 from ..linux import ptrace
-from ..model.source import SourceTask, SourceThread
+from ..model.source import Mapping, SourceTask, SourceThread
 from ..proc import maps as proc_maps
 from ..remote.guest import Guest
 from ..remote.program import Program
 from ..remote.tracee import Seized
-from ..resources import fs, locks, remap
+from ..resources import cgroups, fs, locks, remap
 from ..resources.base import DumpContext
 from ..resources.files import tty
 from ..undo import Undo
 from . import collect, cpu, preflight
+from .collector import Paused
 from .dump_files import FileDumper
 from .dump_memory import MemoryDumper
 from .restart import Restarts
@@ -62,7 +63,7 @@ def dump(pid: int, options: Options) -> DumpResult:
     tree runs on as if nothing had been, and no image is left.
     """
     started = time.monotonic()
-    with doing("dump"):
+    with doing("dump"), Paused():
         preflight.check_target(pid)
         resources_ready()
         with Undo() as undo:
@@ -100,6 +101,8 @@ class _Dump:
         self.tasks: dict[int, SourceTask] = {}
         self.kinds = resources.task_resources()
         self.cores: dict[int, Message] = {}
+        self.getters: dict[object, tuple[Program, list[tuple[Any, Any]], Any]] = {}
+        self.mappings: dict[object, list[Mapping]] = {}
         self.reported_stops: set[int] = set()
         self.restarts = Restarts()
         self.unread = tty.Unread(None)
@@ -134,6 +137,9 @@ class _Dump:
         self.frozen_at = time.monotonic()
         self.tasks = collect.freeze(self.root, self.seized)
         self.ctx.tasks = self.tasks
+        for task in self.tasks.values():
+            for thread in task.threads:
+                self.restarts.mend(thread)
         self.freezing_s = time.monotonic() - self.frozen_at
         threads = sum(len(task.threads) for task in self.tasks.values())
         log.info(f"freeze: {len(self.tasks)} tasks, {threads} threads in {self.freezing_s * 1e3:.1f} ms")
@@ -150,6 +156,7 @@ class _Dump:
         self.unread = tty.finish(self.ctx)
         self.memory.finish()
         locks.finish(self.ctx)
+        cgroups.finish(self.ctx)
         self._write_tree()
         self.result.threads = sum(len(task.threads) for task in self.tasks.values())
         self.result.pids = list(self.tasks)
@@ -163,7 +170,7 @@ class _Dump:
             self._write_zombie(task)
             return
         collect.open_handles(task)
-        collect.read_mappings(task)
+        collect.read_mappings(task, self.mappings)
         self._run_getters(task)
         files.dump_task(task)
         self.writer.write_one(f"fs-{task.vpid}", fs.dump(self.ctx, task))
@@ -199,12 +206,7 @@ class _Dump:
         task = thread.task
         main = thread.tid == task.pid
         self.restarts.settle(thread)
-        program = Program(f"getters of {thread.tid}")
-        asked: list[tuple[Any, Any]] = []
-        for kind in self.kinds:
-            if main or kind.PER == "thread":
-                asked.append((kind, kind.ask(program, thread)))
-        brk = program.call("brk", 0) if main else None
+        program, asked, brk = self._getters(thread, main)
         stops = self._ask_stops(task, program) if main else []
         run = guest.run(thread.tid, thread.vtid, program, thread.regs, thread.sigmask)
         if brk is not None:
@@ -218,7 +220,24 @@ class _Dump:
             self._task_core(task, core)
         for kind, answer in asked:
             kind.dump(thread, run, answer, core, self.ctx)
+        cgroups.dump_thread(thread, core, self.ctx)
         return core
+
+    def _getters(self, thread: SourceThread, main: bool) -> tuple[Program, list[tuple[Any, Any]], Any]:
+        """The program that asks a thread, (resource, where its answers are) and where that of brk(2) is.
+
+        It is the same for many threads; not so where something is to be added for stopped children.
+        """
+        alone = main and any(child.stopped for child in thread.task.children)
+        key = alone and thread.tid, main, len(thread.status.Groups)
+        known = self.getters.get(key)
+        if known is None:
+            program = Program("getters")
+            asked = [
+                (kind, kind.ask(program, thread)) for kind in self.kinds if main or kind.PER == "thread"
+            ]
+            known = self.getters[key] = program, asked, program.call("brk", 0) if main else None
+        return known
 
     @staticmethod
     def _ask_stops(task: SourceTask, program: Program) -> list[tuple[int, Any]]:
@@ -257,7 +276,7 @@ class _Dump:
                 pb.pstree_entry(pid=task.vpid, ppid=parent, pgid=task.group, sid=task.session, threads=threads),
             )
         inventory = pb.inventory_entry(
-            img_version=2, fdinfo_per_id=True, ns_per_id=True, root_cg_set=1, lsmtype=0
+            img_version=2, fdinfo_per_id=True, ns_per_id=True, root_cg_set=cgroups.OWN_SET, lsmtype=0
         )
         self._write_network(inventory)
         inventory.root_ids.CopyFrom(pb.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1))

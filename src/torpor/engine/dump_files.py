@@ -38,6 +38,7 @@ class FileDumper:
         ctx.file_id = self.dump_own
         self._trees: dict[object, KcmpTree] = {}
         self._tables: set[int] = set()
+        self._locks_seen = False
 
     def dump_task(self, task: SourceTask) -> None:
         """Write fdinfo-N for the task's table, and the entries of the descriptions that are new."""
@@ -57,6 +58,7 @@ class FileDumper:
     def _dump_fd(self, task: SourceTask, fd: int, image: str) -> None:
         source = open_source(task.pid, fd, lambda: self.ctx.borrow(task, fd))
         resource = self._dump_source(source)
+        self._locks_seen = self._locks_seen or b"lock" in source.fdinfo
         cloexec = bool(int(source.fdinfo[b"flags"][0], 8) & O_CLOEXEC)
         task.fds[fd] = (source.id, cloexec)
         self.ctx.images.append(
@@ -94,6 +96,7 @@ class FileDumper:
 
     def finish(self) -> None:
         """All tasks are done."""
+        self.ctx.memo["no locks"] = not self._locks_seen
         for hook in self.ctx.memo.get("after_files", ()):
             hook()
 

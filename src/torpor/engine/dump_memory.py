@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 
-from ..errors import KernelError, TaskGone, Unsupported, doing
+from ..errors import TorporError, Unsupported, doing
 from ..images import schema as pb
 from ..images.pages import PE_PARENT, PE_PRESENT, PagemapWriter
 from ..linux import kernel
@@ -18,22 +18,24 @@ from ..proc import auxv as proc_auxv
 from ..proc.read import read
 from ..resources import MappingKinds, base
 from ..resources.files import regular
-from .sharing import Sharing
+from .sharing import OWN_PAGES_MAX, Sharing
+from .transfer import CHUNK_BYTES, batches, read_pieces, reserve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
+    from contextlib import AbstractContextManager
     from typing import Any
 
     from ..images.schema import Message
     from ..model.source import Mapping, SourceTask
-    from ..resources.base import DumpContext
+    from ..resources.base import DumpContext, MappingResource
 
 PAGE = 4096
-CHUNK_BYTES = 1 << 20
 ADDRESS_END = 0x7FFFFFFFF000
-IOV_MAX = 1024
 WHOLE_KINDS = ("vdso", "aio")  # of these all pages are stored, in whatever way the kernel keeps them
+#: Mappings of these kinds with the same line in maps and the same flags have the same entry; so have private ones of a file.
+ALIKE_KINDS = ("anon", "heap", "stack", "named", "vdso", "vvar", "vvar_vclock", "vsyscall")
 
 #: VmFlags of smaps → MADV_* of the images (fs/proc/task_mmu.c, show_smap_vma_flags)
 MADVICE = {"sr": 2, "rr": 1, "dc": 10, "dd": 16, "mg": 12, "hg": 14, "nh": 15, "wf": 18}
@@ -41,6 +43,7 @@ MADVICE = {"sr": 2, "rr": 1, "dc": 10, "dd": 16, "mg": 12, "hg": 14, "nh": 15, "
 SEALED_BY_KERNEL = ("vdso", "vvar", "vvar_vclock", "vsyscall")
 #: VmFlags → MAP_*
 MAP_FLAGS = {"gd": base.MAP_GROWSDOWN, "lo": base.MAP_LOCKED, "nr": base.MAP_NORESERVE, "ht": base.MAP_HUGETLB}
+TOLD_BY_FLAGS = frozenset((*MADVICE, *MAP_FLAGS, "lf", "sl"))
 REFUSED = {
     "um": ("it is registered with userfaultfd (missing pages)", "close the userfaultfd first"),
     "ui": ("it is registered with userfaultfd (minor faults)", "close the userfaultfd first"),
@@ -52,6 +55,8 @@ REFUSED = {
 
 def mapping_trouble(mapping: Mapping) -> tuple[str, str] | None:
     """(why, hint) where the kernel's flags say that a mapping cannot be dumped."""
+    if REFUSED.keys().isdisjoint(mapping.flags):
+        return None
     special = mapping.vma.kind in ("vvar", "vvar_vclock", "vdso", "vsyscall")
     for flag, why in REFUSED.items():
         if flag in mapping.flags and not special:
@@ -69,28 +74,23 @@ class MemoryDumper:
         self.seconds = 0.0
         self._buffer = mmap.mmap(-1, CHUNK_BYTES)
         self.sharing = Sharing()
+        self._walks: dict[int, _Walk] = {}
 
     def dump_task(self, task: SourceTask) -> None:
         """Write the task's memory."""
         started = time.monotonic()
         entry = self._mm_entry(task)
-        spans: list[tuple[int, int]] = []
-        for mapping in task.mappings:
-            vma = mapping.vma
-            with doing(f"mapping {vma.start:x}-{vma.end:x}"):
-                trouble = mapping_trouble(mapping)
-                if trouble:
-                    raise Unsupported(trouble[0], hint=trouble[1])
-                resource = self.kinds.find(mapping)
-                one = entry.vmas.add()
-                self._vma_entry(mapping, one)
-                resource.dump(mapping, task, self.ctx, one)
-                if vma.kind in WHOLE_KINDS or (resource.PRIVATE_PAGES and one.flags & base.MAP_PRIVATE):
-                    spans.append((vma.start, vma.end))
-                elif vma.kind == "vvar_vclock":
-                    _join_vvar(entry.vmas)
+        walk = self._walks.get(id(task.mappings))
+        if walk is None:
+            walk = self._walks[id(task.mappings)] = self._walk(task)
+        entry.vmas.MergeFrom(walk.entries.vmas)
+        for index, mapping, resource in walk.each_time if walk.task is not task else ():
+            entry.vmas[index].Clear()
+            self._vma_entry(mapping, entry.vmas[index])
+            with _place_of(mapping):
+                resource.dump(mapping, task, self.ctx, entry.vmas[index])
         self.mappings += len(task.mappings)
-        runs, guards = self._present(task, spans)
+        runs, guards = self._present(task, walk)
         for start, end in guards:
             entry.vmas.add(start=start, end=end, pgoff=0, shmid=0, prot=0, flags=0, status=base.VMA_GUARD, fd=-1)
         for ring in self.ctx.memo.get(("aios", task.pid), ()):
@@ -98,6 +98,33 @@ class MemoryDumper:
         self.ctx.images.write_one(f"mm-{task.vpid}", entry)
         self._write_pages(task, runs)
         self.seconds += time.monotonic() - started
+
+    def _walk(self, task: SourceTask) -> _Walk:
+        """Look at all mappings of a task. Others that have the same ones get the same entries."""
+        walk = _Walk(task)
+        vmas = walk.entries.vmas
+        for mapping in task.mappings:
+            vma = mapping.vma
+            try:
+                trouble = mapping_trouble(mapping)
+                if trouble:
+                    raise Unsupported(trouble[0], hint=trouble[1])
+                resource = self.kinds.find(mapping)
+                one = vmas.add()
+                self._vma_entry(mapping, one)
+                resource.dump(mapping, task, self.ctx, one)
+            except (TorporError, OSError):
+                with _place_of(mapping):
+                    raise
+            if vma.kind in WHOLE_KINDS or (resource.PRIVATE_PAGES and one.flags & base.MAP_PRIVATE):
+                walk.spans.append((vma.start, vma.end))
+            if vma.kind in WHOLE_KINDS:
+                walk.whole.add((vma.start, vma.end))
+            if vma.kind == "vvar_vclock":
+                _join_vvar(vmas)
+            elif vma.kind not in ALIKE_KINDS and not (vma.kind == "file" and vma.flags & base.MAP_PRIVATE):
+                walk.each_time.append((len(vmas) - 1, mapping, resource))
+        return walk
 
     def _mm_entry(self, task: SourceTask) -> Message:
         stat = task.stat
@@ -116,29 +143,27 @@ class MemoryDumper:
 
     @staticmethod
     def _vma_entry(mapping: Mapping, entry: Message) -> None:
-        vma = mapping.vma
+        vma, names = mapping.vma, mapping.flags
         entry.start, entry.end, entry.pgoff, entry.prot, entry.fd = vma.start, vma.end, vma.pgoff, vma.prot, -1
         entry.shmid = 0
-        flags = vma.flags
+        entry.flags = vma.flags
+        if TOLD_BY_FLAGS.isdisjoint(names):
+            return
+        for name in names & MAP_FLAGS.keys():
+            entry.flags |= MAP_FLAGS[name]
         advice = 0
-        for name in mapping.flags:
-            if name in MAP_FLAGS:
-                flags |= MAP_FLAGS[name]
-            elif name in MADVICE:
-                advice |= 1 << MADVICE[name]
-        entry.flags = flags
+        for name in names & MADVICE.keys():
+            advice |= 1 << MADVICE[name]
         if advice:
             entry.madv = advice
-        if "lf" in mapping.flags:
+        # Linux 6.1 has no letters for VM_LOCKONFAULT: "??", the only such flag there that stands beside "lo".
+        if "lf" in names or ("lo" in names and "??" in names):
             entry.lock_on_fault = True
-        if "sl" in mapping.flags and entry.start < ADDRESS_END and vma.kind not in SEALED_BY_KERNEL:
+        if "sl" in names and entry.start < ADDRESS_END and vma.kind not in SEALED_BY_KERNEL:
             entry.sealed = True
 
-    def _present(
-        self, task: SourceTask, spans: list[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The runs of pages to store inside ``spans``, and the guard regions, as (start, end)."""
-        whole = {(m.vma.start, m.vma.end) for m in task.mappings if m.vma.kind in WHOLE_KINDS}
+    def _present(self, task: SourceTask, walk: _Walk) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The runs of pages to store, and the guard regions, as (start, end)."""
         fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             regions = kernel.pagemap_scan(
@@ -151,56 +176,116 @@ class MemoryDumper:
                 raise
             from . import find_pages
 
-            return clip(find_pages.own_pages(fd, task, spans), spans, whole), []
+            return clip(find_pages.own_pages(fd, task, walk.spans), walk.spans, walk.whole), []
         finally:
             os.close(fd)
         guards = [(start, end) for start, end, what in regions if what & kernel.PM_GUARD]
         wanted = [(start, end) for start, end, what in regions if not what & (kernel.PM_GUARD | kernel.PM_FILE)]
-        return clip(wanted, spans, whole), guards
+        return clip(wanted, walk.spans, walk.whole), guards
 
     def _write_pages(self, task: SourceTask, runs: list[tuple[int, int]]) -> None:
         pages_id = self.ctx.new_id("pages")
         pages = PagemapWriter(self.ctx.images, f"pagemap-{task.vpid}", pages_id)
+        image = f"pages-{pages_id}"
         if len(self.ctx.tasks) > 1 and self.ctx.options.share_pages:
-            runs = self._write_shared(task, runs, pages)
-        else:
-            for start, end in runs:
-                pages.add(start, (end - start) // PAGE, PE_PRESENT)
+            shared = list(self.sharing.split(task, runs))
+            if _is_forked(shared):
+                self._write_forked(task, shared, pages, image)
+                pages.close()
+                return
+        for start, end in runs:
+            pages.add(start, (end - start) // PAGE, PE_PRESENT)
+        self._write_runs(task, runs, image)
         self.pages += sum(end - start for start, end in runs) // PAGE
-        fd = self.ctx.images.raw(f"pages-{pages_id}")
+        pages.close()
+
+    def _write_runs(self, task: SourceTask, runs: list[tuple[int, int]], image: str) -> None:
+        """Append the content of the runs to an image."""
+        fd = self.ctx.images.raw(image)
+        reserve(fd, os.fstat(fd).st_size, sum(end - start for start, end in runs))
+        for _, view in self._read(task, runs):
+            _write_all(fd, view)
+
+    def _read(self, task: SourceTask, runs: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]], memoryview]]:
+        """The content of the runs, in pieces: (its (address, bytes) spans, the content), valid until the next one."""
         address = kernel.writable_address(self._buffer)
         view = memoryview(self._buffer)
         for batch in batches(runs):
             total = sum(length for _, length in batch)
-            try:
-                count = kernel.read_memory_into(task.pid, address, batch)
-            except KernelError as error:
-                if error.errno != errno.EFAULT:
-                    raise
-                count = 0
-            if count != total:
-                read_protected(task, batch, view)
-            _write_all(fd, view[:total])
-        pages.close()
+            read_pieces(task.pid, task.mem_fd, batch, address, view[:total])
+            yield batch, view[:total]
 
-    def _write_shared(
-        self, task: SourceTask, runs: list[tuple[int, int]], pages: PagemapWriter
-    ) -> list[tuple[int, int]]:
-        """Announce the runs; those that an earlier task has too are only named. Returns what is left to be stored."""
-        own: list[tuple[int, int]] = []
-        for start, count, owner in self.sharing.split(task, runs):
+    def _write_forked(
+        self, task: SourceTask, shared: list[tuple[int, int, int]], pages: PagemapWriter, image: str
+    ) -> None:
+        """Write the pages of a task that has some in common with earlier ones: those are only named.
+
+        What it has of its own may still be equal to what another has stored at the same place.
+        """
+        own = [(start, start + count * PAGE) for start, count, owner in shared if not owner]
+        if sum(end - start for start, end in own) > OWN_PAGES_MAX * PAGE:
+            equal: list[tuple[int, int, int]] = [(start, (end - start) // PAGE, 0) for start, end in own]
+            self._write_runs(task, own, image)
+        else:
+            equal = self._write_unequal(task, own, image)
+        named = [one for one in shared if one[2]]
+        for start, count, owner in sorted([*named, *equal]):
             if owner:
                 # PE_PARENT makes CRIU, which does not know the field, refuse the set rather than restore zeroes.
                 pages.add(start, count, PE_PARENT, same_as=self.ctx.tasks[owner].vpid)
                 self.shared_pages += count
             else:
                 pages.add(start, count, PE_PRESENT)
-                own.append((start, start + count * PAGE))
-        return own
+                self.pages += count
+
+    def _write_unequal(self, task: SourceTask, own: list[tuple[int, int]], image: str) -> list[tuple[int, int, int]]:
+        """Write those of a task's ``own`` pages that no earlier task has stored; all as (start, pages, pid of that task or 0)."""
+        found: list[tuple[int, int, int]] = []
+        chunks: list[bytes] = []
+        owner_of, pid = self.sharing.owner_of, task.pid
+        for batch, view in self._read(task, own):
+            place = 0
+            for start, length in batch:
+                for address in range(start, start + length, PAGE):
+                    content = bytes(view[place : place + PAGE])
+                    place += PAGE
+                    owner = owner_of(address, content, pid)
+                    found.append((address, 1, owner))
+                    if not owner:
+                        chunks.append(content)
+        if chunks:
+            _write_all(self.ctx.images.raw(image), memoryview(b"".join(chunks)))
+        return found
 
     def finish(self) -> None:
         """All tasks are done."""
         self._buffer.close()
+
+
+class _Walk:
+    """What was found out about a list of mappings."""
+
+    __slots__ = ("each_time", "entries", "spans", "task", "whole")
+
+    def __init__(self, task: SourceTask) -> None:
+        #: The one that was looked at.
+        self.task = task
+        #: A mm_entry with the entries of all mappings.
+        self.entries: Message = pb.mm_entry()
+        #: (index in them, mapping, resource) of mappings that may be different behind the same look.
+        self.each_time: list[tuple[int, Mapping, MappingResource]] = []
+        #: (start, end) of what may have pages to be stored; those of which all pages are
+        self.spans: list[tuple[int, int]] = []
+        self.whole: set[tuple[int, int]] = set()
+
+
+def _place_of(mapping: Mapping) -> AbstractContextManager[object]:
+    return doing(f"mapping {mapping.vma.start:x}-{mapping.vma.end:x}")
+
+
+def _is_forked(shared: list[tuple[int, int, int]]) -> bool:
+    """Has the task pages in common with others?"""
+    return any(owner for _, _, owner in shared)
 
 
 def _join_vvar(vmas: Any) -> None:
@@ -234,34 +319,6 @@ def clip(
             else:
                 found.append((start, end))
     return found
-
-
-def batches(runs: list[tuple[int, int]]) -> Any:
-    """The runs as lists of (address, length) of at most CHUNK_BYTES and IOV_MAX pieces each."""
-    batch: list[tuple[int, int]] = []
-    room = CHUNK_BYTES
-    for start, end in runs:
-        while start < end:
-            length = min(end - start, room)
-            batch.append((start, length))
-            start += length
-            room -= length
-            if room == 0 or len(batch) == IOV_MAX:
-                yield batch
-                batch, room = [], CHUNK_BYTES
-    if batch:
-        yield batch
-
-
-def read_protected(task: SourceTask, batch: list[tuple[int, int]], view: memoryview) -> None:
-    """As process_vm_readv, for memory that the task itself may not read: /proc/PID/mem does not ask."""
-    done = 0
-    for start, length in batch:
-        while length:
-            count = os.preadv(task.mem_fd, [view[done : done + length]], start)
-            if not count:
-                raise TaskGone(f"task {task.pid}: memory at {start:#x} could not be read")
-            done, start, length = done + count, start + count, length - count
 
 
 def _write_all(fd: int, view: memoryview) -> None:

@@ -38,10 +38,22 @@ def load(reader: ImageReader, snapshot: Snapshot) -> None:
         if entry.id in snapshot.files:
             raise ImageError("files.img", f"id {entry.id}", "it is there twice")
         snapshot.files[entry.id] = entry
-    tables: dict[int, list[tuple[int, int, bool]]] = {}
+    known = _Known()
     for task in snapshot.tasks.values():
         if task.alive:
-            _load_task(reader, task, snapshot, tables)
+            _load_task(reader, task, snapshot, known)
+
+
+class _Known:
+    """What tasks have in common: descriptor tables, images with the same bytes, checked layouts."""
+
+    __slots__ = ("images", "spans", "tables")
+
+    def __init__(self) -> None:
+        self.tables: dict[int, list[tuple[int, int, bool]]] = {}
+        self.images: dict[str, dict[bytes, Message]] = {"fs": {}, "mm": {}, "ids": {}}
+        #: id of a mm_entry → (start, end) of its mappings
+        self.spans: dict[int, list[tuple[int, int]]] = {}
 
 
 def _load_tree(reader: ImageReader, snapshot: Snapshot) -> None:
@@ -89,29 +101,31 @@ def _core(reader: ImageReader, tid: int) -> Message:
     return core
 
 
-def _load_task(
-    reader: ImageReader, task: RestoredTask, snapshot: Snapshot, tables: dict[int, list[tuple[int, int, bool]]]
-) -> None:
+def _load_task(reader: ImageReader, task: RestoredTask, snapshot: Snapshot, known: _Known) -> None:
     for thread in task.threads:
         for field in ("thread_info", "thread_core"):
             if not thread.core.HasField(field):
                 raise ImageError(thread.image, field, "it is missing")
     if task.stopped and task.core.tc.stop_signo not in STOPPING:
         raise ImageError(task.threads[0].image, "tc.stop_signo", f"{task.core.tc.stop_signo} does not stop a task")
-    task.ids = reader.read_one(f"ids-{task.pid}")
-    task.fs = reader.read_one(f"fs-{task.pid}")
-    task.mm = reader.read_one(f"mm-{task.pid}")
-    table = task.ids.files_id
+    task.ids = reader.read_known(f"ids-{task.pid}", known.images["ids"])
+    task.fs = reader.read_known(f"fs-{task.pid}", known.images["fs"])
+    task.mm = reader.read_known(f"mm-{task.pid}", known.images["mm"])
+    table, tables = task.ids.files_id, known.tables
     if table not in tables:
         # CRIU takes a missing one for an empty one, we always write it.
         if snapshot.inventory.HasField("torpor") and not reader.has(f"fdinfo-{table}"):
             raise ImageError(f"fdinfo-{table}.img", "", "missing")
         tables[table] = _load_fds(reader, table, snapshot)
     task.fds = tables[table]
-    _check_mappings(task)
+    if id(task.mm) not in known.spans:
+        _check_mappings(task)
+        known.spans[id(task.mm)] = [
+            (entry.start, entry.end) for entry in task.mm.vmas if not entry.status & 0x10004
+        ]
     task.pages = Pages(reader, f"pagemap-{task.pid}")
     task.runs = list(task.pages.runs())
-    _check_runs(task)
+    _check_runs(task, known.spans[id(task.mm)])
 
 
 def _load_fds(reader: ImageReader, table: int, snapshot: Snapshot) -> list[tuple[int, int, bool]]:
@@ -142,8 +156,7 @@ def _check_mappings(task: RestoredTask) -> None:
         end = entry.end
 
 
-def _check_runs(task: RestoredTask) -> None:
-    spans = [(entry.start, entry.end) for entry in task.mm.vmas if not entry.status & 0x10004]
+def _check_runs(task: RestoredTask, spans: list[tuple[int, int]]) -> None:
     index = 0
     for address, count, _, fd, _, same_as in task.runs:
         end = address + count * PAGE

@@ -13,7 +13,7 @@ from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import numbers, read
 from ..resources import FileKinds, MappingKinds
-from ..resources.base import DumpContext
+from ..resources.base import DumpContext, MappingResource
 from ..resources.files import tty
 from . import collect
 from .dump_files import open_source
@@ -138,9 +138,10 @@ def _task_blockers(
     tracer = status.TracerPid
     if tracer:
         note(Unsupported(f"it is traced by process {tracer}", hint="detach the debugger or strace first"))
-    for kind in NAMESPACES:
-        own, theirs = os.stat(f"/proc/self/ns/{kind}"), os.stat(f"/proc/{pid}/ns/{kind}")
-        if own.st_ino != theirs.st_ino:
+    if "own namespaces" not in ctx.memo:
+        ctx.memo["own namespaces"] = {kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in NAMESPACES}
+    for kind, own in ctx.memo["own namespaces"].items():
+        if os.stat(f"/proc/{pid}/ns/{kind}").st_ino != own:
             note(Unsupported(f"it has a {kind} namespace of its own", hint="namespaces are not supported yet"))
     pidfd = os.pidfd_open(pid)
     try:
@@ -156,7 +157,7 @@ def _task_blockers(
                 note(error)
     finally:
         os.close(pidfd)
-    for mapping in live_mappings(pid) if thorough else quick_mappings(pid):
+    for mapping in live_mappings(pid) if thorough else _suspects(pid, ctx, mappings):
         trouble = mapping_trouble(mapping)
         try:
             if trouble:
@@ -166,6 +167,24 @@ def _task_blockers(
         except Unsupported as error:
             note(error)
     return found
+
+
+def _suspects(pid: int, ctx: DumpContext, mappings: MappingKinds) -> list[Mapping]:
+    """Those mappings of a task that have to be looked at; asked once for all tasks with the same content of maps."""
+    text = read(pid, "maps")
+    key = "suspects", text
+    if key not in ctx.memo:
+        found = (Mapping(vma, frozenset()) for vma in proc_maps.parse(text))
+        ctx.memo[key] = [mapping for mapping in found if _has_check(mapping, mappings)]
+    suspects: list[Mapping] = ctx.memo[key]
+    return suspects
+
+
+def _has_check(mapping: Mapping, mappings: MappingKinds) -> bool:
+    try:
+        return type(mappings.find(mapping)).check is not MappingResource.check
+    except Unsupported:
+        return True
 
 
 def quick_mappings(pid: int) -> list[Mapping]:

@@ -128,17 +128,21 @@ class Restarts:
             self._reader.close()
             self._reader = None
 
-    def settle(self, thread: SourceThread) -> None:
-        """Look at a stopped thread before anything runs in it; may change ``thread.regs``, which it will go on with."""
+    def mend(self, thread: SourceThread) -> None:
+        """Take back the EINTR of a thread just stopped, so that nobody sees it, whatever becomes of the dump."""
         regs = thread.regs
         if regs.ax == _error(EINTR) and regs.orig_ax in REPEATABLE and not _stopped_before(thread):
             regs.ax = _error(ERESTARTNOHAND)
             if regs.orig_ax in EPOLLS:
                 self._shorten(thread)
-        code = interrupted_call(regs)
+            ptrace.set_regs(thread.tid, regs)
+
+    def settle(self, thread: SourceThread) -> None:
+        """Note the call that a stopped thread is in, before anything runs in the thread."""
+        code = interrupted_call(thread.regs)
         if not code:
             return
-        interrupted = Interrupted(regs.orig_ax, code)
+        interrupted = Interrupted(thread.regs.orig_ax, code)
         if code == ERESTART_RESTARTBLOCK:
             self._measure(thread, interrupted)
         if interrupted.number != NR["restart_syscall"]:

@@ -19,13 +19,14 @@ from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
 from ..proc.read import alive
 from ..remote import stub
 from ..remote.program import Program
-from ..resources import fs, locks
+from ..resources import cgroups_build, fs, locks
 from ..resources import task as task_state
 from ..resources.base import BuildContext
 from ..resources.files import regular, tty
 from ..resources.fown import emit as emit_fown
 from ..undo import Undo
 from . import conduct, cpu, load, plan, restart, restore_memory
+from .collector import Paused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def restore(options: Options) -> RestoreResult:
     file or mount of the attempt is left.
     """
     started = time.monotonic()
-    with doing("restore"):
+    with doing("restore"), Paused():
         work = _Restore(options)
         try:
             work.plan()
@@ -90,6 +91,7 @@ def explain(options: Options) -> Iterator[str]:
                     yield f"{program.name}:"
                     yield from (f"  {line}" for line in program.explain())
         finally:
+            work.ctx.on_failure.roll_back()
             work.close()
 
 
@@ -103,6 +105,7 @@ class _Restore:
         self.snapshot = Snapshot()
         self.arena: stub.Arena | None = None
         self.root_pid = 0
+        self.table_owners: dict[int, RestoredTask] = {}
         try:
             self.images_fd = os.open(options.images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -137,8 +140,10 @@ class _Restore:
         plan.check_sessions(snapshot)
         self._check()
         self._reserve_fds()
+        cgroups_build.prepare(snapshot, self.ctx)
         self._build()
         memory = restore_memory.MemoryPlan(snapshot, self.ctx)
+        self.memory = memory
         self.heirs = restore_memory.heirs(snapshot)
         self._place_arena(memory)
 
@@ -207,16 +212,17 @@ class _Restore:
         """Write all programs, then decide where they lie: the arena's address is known to them only when they are compiled."""
         spans = [
             (entry.start, entry.end)
-            for task in self.snapshot.tasks.values()
-            if task.alive
-            for entry in task.mm.vmas
+            for layout in {id(task.mm): task.mm for task in self.snapshot.tasks.values() if task.alive}.values()
+            for entry in layout.vmas
             if not entry.status & restore_memory.UNPLACED
         ]
-        # The programs name the arena in two records only; their sizes do not depend on it.
-        size = 1 << 20
+        # The programs name the arena in two records only; their sizes do not depend on it. What is not used costs nothing.
+        size = sum(map(_generous_size, self.snapshot.tasks.values())) + (1 << 20) & -4096
         for _ in range(2):
             base = plan.hole(spans, size)
             self.programs = {}
+            memory.reads.clear()
+            memory.fills.clear()
             self.placeholder = _Place(base, size)
             self.ctx.memo["arena"] = (base, base + size)
             for task in self.snapshot.tasks.values():
@@ -259,6 +265,7 @@ class _Restore:
         fs.emit(task.fs, main, self.ctx)
         for thread in task.threads[1:]:
             self._emit_thread(thread, main)
+        memory.emit_opening(task, main)
         self._emit_stop(task.pid, task.pid, main)
         self._write_second_half(task, main, memory)
 
@@ -337,10 +344,11 @@ class _Restore:
     def _owns_table(self, task: RestoredTask) -> bool:
         """Is it the first of the tasks that share its descriptor table?"""
         table = task.ids.files_id
-        return next(one for one in self.snapshot.tasks.values() if one.alive and one.ids.files_id == table) is task
+        return self.table_owners.setdefault(table, task) is task
 
     def _write_second_half(self, task: RestoredTask, main: Program, memory: restore_memory.MemoryPlan) -> None:
         """From the moment when all tasks exist: groups, what files need of their holders, the task's own state."""
+        memory.emit_filled(task, main)
         self._emit_join_group(task, main)
         memory.emit_late(task, main)
         tty.emit_foreground(task.pid, main, self.ctx)
@@ -432,6 +440,8 @@ class _Restore:
         try:
             self.root_pid = conductor.launch(self.ctx.kept, sibling=self.options.restore_sibling)
             conductor.first_half()
+            self.memory.check_reads(arena)
+            self.memory.fill(arena)
             for hook in self.ctx.memo.get("after_mappings", ()):
                 hook()
             conductor.second_half(self.kinds)
@@ -442,6 +452,7 @@ class _Restore:
             for hook in self.ctx.memo.get("after_restore", ()):
                 hook()
             conductor.release()
+            cgroups_build.freeze(self.ctx)
         except BaseException as error:
             conductor.abort()
             if isinstance(error, TorporError):
@@ -493,6 +504,12 @@ def others(numbers: list[int]) -> list[tuple[int, int]]:
             found.append((start, first - 1))
         start = last + 1
     return [*found, (start, 0xFFFFFFFF)]
+
+
+def _generous_size(task: RestoredTask) -> int:
+    """More than the programs of a task will need in the arena."""
+    mappings = len(task.mm.vmas) if task.alive else 0
+    return (len(task.threads) + 1 << 16) + 512 * (mappings + len(task.runs) + len(task.fds))
 
 
 class _Place:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from bisect import bisect_right
 
 from ..errors import ImageError
 from ..images.pages import Run
+from ..linux import userfault
 from ..model.snapshot import RestoredTask, Snapshot
 from ..resources import MappingKinds, base
 from ..resources.files import regular
 from ..resources.memory import vdso
+from .fill import Fill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypeAlias
+
     from ..images.schema import Message
     from ..remote.program import Program
     from ..remote.stub import Arena
     from ..resources.base import BuildContext
+
+    #: (our descriptor, address, bytes, offset) of pages to read
+    Piece: TypeAlias = tuple[int, int, int, int]
 
 PAGE = 4096
 ADDRESS_END = 0x7FFFFFFFF000
@@ -26,21 +35,26 @@ PROT_WRITE = 2
 PR_SET_MM, PR_SET_MM_MAP = 35, 14
 PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 MADV_DONTNEED, MADV_GUARD_INSTALL = 4, 102
-MADV_DONTFORK, MADV_WIPEONFORK = 10, 18
+MADV_DONTFORK, MADV_HUGEPAGE, MADV_WIPEONFORK = 10, 14, 18
 UNPLACED = base.VMA_GUARD | base.VMA_VSYSCALL
 NO_PAGES = base.VMA_VDSO | base.VMA_VVAR | base.VMA_VSYSCALL
 READ_BYTES_MAX = 1 << 30
+LARGE_BYTES = 1 << 22  # from this on, pieces are brought in from outside
+SMALL_BYTES = 1 << 18  # up to this, pieces are read many at a time
+IOV_MAX = 1024
 
 
 def prepare(snapshot: Snapshot, ctx: BuildContext) -> None:
     """Open in the builder what mappings need: mapped files, shared memory, page files, executables."""
     kinds = MappingKinds()
+    seen: set[int] = set()
     for task in snapshot.tasks.values():
         if not task.alive:
             continue
-        for entry in task.mm.vmas:
+        for entry in task.mm.vmas if id(task.mm) not in seen else ():
             if not entry.status & UNPLACED:
                 kinds.of_entry(entry).prepare(entry, ctx)
+        seen.add(id(task.mm))
         exe = ("exe", task.mm.exe_file_id)
         if exe not in ctx.memo:
             ctx.memo[exe] = ctx.keep(regular.open_file(ctx, task.mm.exe_file_id, os.O_RDONLY))
@@ -65,6 +79,25 @@ def clear(arena: Arena, program: Program) -> None:
     program.call("munmap", end, ADDRESS_END - end, why="everything above it")
 
 
+class Layout:
+    """The mappings of an address space, for looking up; siblings with equal ones share it."""
+
+    __slots__ = ("entries", "late", "mm", "pageless", "starts")
+
+    def __init__(self, mm: Message) -> None:
+        self.mm = mm
+        self.entries = [entry for entry in mm.vmas if not entry.status & UNPLACED]
+        self.starts = [entry.start for entry in self.entries]
+        #: (start, end) of mappings whose pages are the kernel's
+        self.pageless = [(entry.start, entry.end) for entry in self.entries if entry.status & NO_PAGES]
+        #: (start, bytes, MADV_*) of the advice to be given
+        self.late: list[tuple[int, int, int]] | None = None
+
+    def entry_at(self, address: int) -> Message:
+        """The mapping that holds an address (checked when it was loaded)."""
+        return self.entries[bisect_right(self.starts, address) - 1]
+
+
 class MemoryPlan:
     """Emits the memory of tasks, one after the other."""
 
@@ -73,102 +106,211 @@ class MemoryPlan:
         self.ctx = ctx
         self.kinds = MappingKinds()
         self.order = {pid: index for index, pid in enumerate(snapshot.tasks)}
+        self._layouts: dict[int, Layout] = {}
+        self._places: dict[int, tuple[list[int], list[Run]]] = {}
+        #: (program, record, bytes) of reads that have to be complete, see :meth:`check_reads`
+        self.reads: list[tuple[Program, int, int]] = []
+        #: pid → what is brought in from outside, while all wait at their first stop
+        self.fills: dict[int, Fill] = {}
+
+    def layout(self, task: RestoredTask) -> Layout:
+        """The task's mappings."""
+        found = self._layouts.get(id(task.mm))
+        if found is None:
+            found = self._layouts[id(task.mm)] = Layout(task.mm)
+        return found
 
     def emit(self, task: RestoredTask, program: Program, *, inherited: RestoredTask | None) -> None:
         """Emit the task's memory; ``inherited`` is the task whose complete memory it has already, or None."""
         self.ctx.memo["mm"] = task.mm
-        kept = self._drop_foreign(task, inherited, program) if inherited else set()
-        runs = iter(task.runs)
-        run = next(runs, None)
-        for entry in task.mm.vmas:
-            if entry.status & UNPLACED:
-                continue
-            mine: list[Run] = []
-            while run is not None and run[0] < entry.end:
-                mine.append(run)
-                if run[0] + run[1] * PAGE > entry.end:
-                    break
-                run = next(runs, None)
-            if entry.status & NO_PAGES:
-                mine = []
-            self._emit_mapping(task, entry, mine, program, inherited if entry.start in kept else None)
+        layout = self.layout(task)
+        pieces = self._pieces(task, _minus_runs(task.runs, layout.pageless), inherited)
+        if inherited is not None and inherited.mm is task.mm:
+            # The usual case of a forked tree: everything is there, but for the pages written to since.
+            self._drop_pages(task, layout, layout.entries, inherited, program)
+            self._emit_pages(layout, pieces, set(), program)
+            return
+        kept = self._drop_foreign(layout, inherited, program) if inherited else {}
+        large = self._take_large(task, layout, kept, pieces)
+        writable = self._emit_mappings(layout, kept, pieces, program)
+        if inherited is not None:
+            self._drop_pages(task, layout, list(kept.values()), inherited, program)
+        self._emit_pages(layout, pieces, writable, program)
+        if large:
+            spans = sorted({(entry.start, entry.end) for entry in (layout.entry_at(piece[1]) for piece in large)})
+            self.fills[task.pid] = Fill(task.pid, large, spans)
         here = vdso.layout(inherited.mm.vmas) if inherited else None
         vdso.emit(vdso.layout(task.mm.vmas), here, program)
         self._emit_guards(task, program)
         self._emit_mm(task, program, inherited)
 
-    def _drop_foreign(self, task: RestoredTask, parent: RestoredTask, program: Program) -> set[int]:
-        """Unmap what the parent has and the task has not; returns the starts of the mappings that stay."""
-        mine = {entry.start: entry for entry in task.mm.vmas if not entry.status & UNPLACED}
-        kept: set[int] = set()
-        for entry in parent.mm.vmas:
-            if entry.status & (UNPLACED | base.VMA_VDSO | base.VMA_VVAR):
+    def _take_large(
+        self, task: RestoredTask, layout: Layout, kept: dict[int, Message], pieces: list[Piece]
+    ) -> list[Piece]:
+        """Take out of ``pieces`` the large ones that can be brought in from outside (engine/fill.py).
+
+        Not so in a task whose children inherit its memory: they are born before. Nor where the descriptor for it would
+        appear in other tasks.
+        """
+        large = [piece for piece in pieces if piece[2] >= LARGE_BYTES and self._is_plain(layout.entry_at(piece[1]), kept)]
+        heirs = any(run.same_as == task.pid for child in task.children if child.alive for run in child.runs)
+        if not large or heirs or self._shares_table(task) or not self.ctx.once("userfaultfd", userfault.possible):
+            return []
+        pieces[:] = [piece for piece in pieces if piece not in large]
+        return large
+
+    def _shares_table(self, task: RestoredTask) -> bool:
+        tasks = self.snapshot.tasks.values()
+        return any(one is not task and one.alive and one.ids.files_id == task.ids.files_id for one in tasks)
+
+    @staticmethod
+    def _is_plain(entry: Message, kept: dict[int, Message]) -> bool:
+        plain = entry.status & base.VMA_ANON_PRIVATE and not entry.status & NO_PAGES
+        huge = entry.flags & base.MAP_HUGETLB or entry.madv >> MADV_HUGEPAGE & 1
+        return bool(plain and not huge and entry.start not in kept)
+
+    def fill(self, arena: Arena) -> None:
+        """Bring in the large memory of the tasks, which wait. Raises KernelError."""
+        for one in self.fills.values():
+            one.run(arena)
+
+    def emit_opening(self, task: RestoredTask, program: Program) -> None:
+        """Emit what lets us bring in the task's large memory; its descriptors are in place."""
+        one = self.fills.get(task.pid)
+        if one is not None:
+            one.emit_open(program)
+
+    def emit_filled(self, task: RestoredTask, program: Program) -> None:
+        """Emit what is to be done once the large memory is there."""
+        one = self.fills.get(task.pid)
+        if one is not None:
+            one.emit_close(program)
+
+    def _drop_foreign(self, layout: Layout, parent: RestoredTask, program: Program) -> dict[int, Message]:
+        """Unmap what the parent has and the task has not; returns the mappings that stay, by their start."""
+        mine = dict(zip(layout.starts, layout.entries, strict=True))
+        kept: dict[int, Message] = {}
+        for entry in self.layout(parent).entries:
+            if entry.status & (base.VMA_VDSO | base.VMA_VVAR):
                 continue
             own = mine.get(entry.start)
             if own is not None and _same(own, entry):
-                kept.add(entry.start)
+                kept[entry.start] = own
             else:
                 program.call("munmap", entry.start, entry.end - entry.start, why="the parent's")
         return kept
 
-    def _emit_mapping(
-        self, task: RestoredTask, entry: Message, runs: list[Run], program: Program,
-        parent: RestoredTask | None,
-    ) -> None:  # fmt: skip
-        length = entry.end - entry.start
-        pieces = list(self._pieces(task, entry, runs, parent))
-        if parent is not None:
-            unwanted = _minus(_clipped(parent.runs, entry), [(run[0], run[0] + run[1] * PAGE) for run in runs])
-            for start, end in unwanted:
-                program.call("madvise", start, end - start, MADV_DONTNEED, why="the parent's pages")
-            if pieces and not entry.prot & PROT_WRITE:
-                program.call("mprotect", entry.start, length, entry.prot | PROT_WRITE)
-        else:
+    def _emit_mappings(
+        self, layout: Layout, kept: dict[int, Message], pieces: list[Piece], program: Program
+    ) -> set[int]:
+        """Make the mappings that are not ``kept``; those that get pages are writable for now, returned are their starts.
+
+        The pieces that a mapping's resource brings in by itself are taken out of ``pieces``.
+        """
+        filled = {layout.entry_at(piece[1]).start for piece in pieces}
+        for entry in layout.entries:
+            start = entry.start
+            if start in kept:
+                continue
             if entry.status & base.VMA_AIORING:  # the kernel's own layout: the resource knows what goes where
-                self.ctx.memo["pieces"], pieces = pieces, []
-            prot = entry.prot | PROT_WRITE if pieces else entry.prot
+                self.ctx.memo["pieces"] = [piece for piece in pieces if start <= piece[1] < entry.end]
+                pieces[:] = [piece for piece in pieces if not start <= piece[1] < entry.end]
+                filled.discard(start)
+            prot = entry.prot | PROT_WRITE if start in filled else entry.prot
             self.kinds.of_entry(entry).restore(entry, prot, program, self.ctx)
             if entry.HasField("anon_name"):
                 name = bytes(entry.anon_name) + b"\0"
-                program.call("prctl", PR_SET_VMA, PR_SET_VMA_ANON_NAME, entry.start, length, name, may_fail=(22,))
-        for fd, address, size, offset in pieces:
-            while size:
-                part = min(size, READ_BYTES_MAX)
-                program.call("pread64", fd, address, part, offset, transfer=True, why="pages")
-                address, size, offset = address + part, size - part, offset + part
-        if pieces and not entry.prot & PROT_WRITE:
-            program.call("mprotect", entry.start, length, entry.prot)
+                length = entry.end - start
+                program.call("prctl", PR_SET_VMA, PR_SET_VMA_ANON_NAME, start, length, name, may_fail=(22,))
+        return filled - set(kept)
 
-    def _pieces(
-        self, task: RestoredTask, entry: Message, runs: list[Run], parent: RestoredTask | None
-    ) -> list[tuple[int, int, int, int]]:
-        """(descriptor, address, bytes, offset) of the pages to read into a mapping."""
-        found: list[tuple[int, int, int, int]] = []
+    @staticmethod
+    def _drop_pages(
+        task: RestoredTask, layout: Layout, kept: list[Message], parent: RestoredTask, program: Program
+    ) -> None:
+        """Drop the pages of the mappings that were ``kept`` which the parent has and the task has not."""
+        surplus = _minus(_spans(parent.runs), _spans(task.runs))
+        if not surplus:
+            return
+        spans = [(entry.start, entry.end) for entry in kept if not entry.status & NO_PAGES]
+        for start, end in _common(surplus, spans):
+            program.call("madvise", start, end - start, MADV_DONTNEED, why="the parent's pages")
+
+    def _emit_pages(self, layout: Layout, pieces: list[Piece], writable: set[int], program: Program) -> None:
+        """Read pages into place. ``writable``: starts of mappings that were made writable for it."""
+        closed = {}
+        for piece in pieces:
+            entry = layout.entry_at(piece[1])
+            if not entry.prot & PROT_WRITE:
+                closed[entry.start] = entry
+        for start, entry in closed.items():
+            if start not in writable:
+                program.call("mprotect", start, entry.end - start, entry.prot | PROT_WRITE)
+        for group in _groups(pieces):
+            self._emit_group(group, program)
+        for start, entry in closed.items():
+            program.call("mprotect", start, entry.end - start, entry.prot)
+
+    def _emit_group(self, group: list[Piece], program: Program) -> None:
+        """Read pieces that follow one another in their file, by one call if they are small."""
+        fd, address, size, offset = group[0]
+        if len(group) > 1:
+            vector = [word for _, address, size, _ in group for word in (address, size)]
+            area = program.put(struct.pack(f"<{len(vector)}Q", *vector))
+            self.reads.append((program, len(program), sum(vector[1::2])))
+            program.call("preadv", fd, area, len(group), offset, 0, why="pages")
+            return
+        while size:
+            part = min(size, READ_BYTES_MAX)
+            program.call("pread64", fd, address, part, offset, transfer=True, why="pages")
+            address, size, offset = address + part, size - part, offset + part
+
+    def check_reads(self, arena: Arena) -> None:
+        """After the programs have run: were all reads of many pieces complete? Raises ImageError."""
+        for program, index, wanted in self.reads:
+            if arena.result(program, index) != wanted:
+                raise ImageError("pages", program.name, "a pages file has fewer bytes than it had a moment ago")
+
+    def _pieces(self, task: RestoredTask, runs: list[Run], parent: RestoredTask | None) -> list[Piece]:
+        """What is to be read for a task: where it lies, and where it is to be; ascending by address.
+
+        No piece reaches from one mapping into another.
+        """
+        found: list[Piece] = []
+        memo = self.ctx.memo
+        parent_pid = parent.pid if parent else 0
         for address, count, _, fd, offset, same_as in runs:
-            start, end = max(address, entry.start), min(address + count * PAGE, entry.end)
             if same_as == 0:
-                found.append((self.ctx.memo["pages", fd], start, end - start, offset + start - address))
-            elif parent is None or parent.pid != same_as:
-                found += self._foreign(task, same_as, start, end)
-        return found
+                found.append((memo["pages", fd], address, count * PAGE, offset))
+            elif same_as != parent_pid:
+                found += self._foreign(task, same_as, address, address + count * PAGE)
+        return _cut(found, self.layout(task))
 
-    def _foreign(self, task: RestoredTask, owner_pid: int, start: int, end: int) -> list[tuple[int, int, int, int]]:
+    def _foreign(self, task: RestoredTask, owner_pid: int, start: int, end: int) -> list[Piece]:
         """Where pages lie that are stored with another task."""
         owner = self.snapshot.tasks.get(owner_pid)
         place = f"page {start:#x}"
         # Only ever an earlier one: so the search ends.
         if owner is None or self.order[owner.pid] >= self.order[task.pid] or not owner.alive:
             raise ImageError(f"pagemap-{task.pid}.img", place, f"it is said to be task {owner_pid}'s")
-        found: list[tuple[int, int, int, int]] = []
-        for address, count, _, fd, offset, same_as in owner.runs:
+        if owner_pid not in self._places:
+            self._places[owner_pid] = [run[0] for run in owner.runs], owner.runs
+        starts, runs = self._places[owner_pid]
+        found: list[Piece] = []
+        covered = 0
+        for index in range(max(bisect_right(starts, start) - 1, 0), len(runs)):
+            address, count, _, fd, offset, same_as = runs[index]
+            if address >= end:
+                break
             low, high = max(address, start), min(address + count * PAGE, end)
             if low >= high:
                 continue
+            covered += high - low
             if same_as == 0:
                 found.append((self.ctx.memo["pages", fd], low, high - low, offset + low - address))
             else:
                 found += self._foreign(owner, same_as, low, high)
-        if sum(piece[2] for piece in found) != end - start:
+        if covered != end - start:
             raise ImageError(f"pagemap-{owner_pid}.img", place, f"task {task.pid} needs it and it is not there")
         return found
 
@@ -192,20 +334,13 @@ class MemoryPlan:
         program.pointer(area, 88, program.put(auxv))
         program.call("prctl", PR_SET_MM, PR_SET_MM_MAP, area, 104, 0, why="where code, data, brk, arguments lie; exe")
 
-    @staticmethod
-    def emit_late(task: RestoredTask, program: Program) -> None:
-        """Emit what must not be in force while children are still to inherit: advice and locks."""
-        for entry in task.mm.vmas:
-            length = entry.end - entry.start
-            if entry.status & (UNPLACED | base.VMA_VVAR | base.VMA_VDSO):
-                continue
-            advice = entry.madv
-            if entry.flags & base.MAP_DROPPABLE:
-                advice &= ~(1 << MADV_WIPEONFORK | 1 << 16)
-            for bit in range(advice.bit_length()):
-                if advice >> bit & 1:
-                    program.call("madvise", entry.start, length, bit, may_fail=(errno.EINVAL,) if bit == 12 else ())
-
+    def emit_late(self, task: RestoredTask, program: Program) -> None:
+        """Emit what must not be in force while children are still to inherit: advice."""
+        layout = self.layout(task)
+        if layout.late is None:
+            layout.late = list(_advice(layout))
+        for start, length, bit in layout.late:
+            program.call("madvise", start, length, bit, may_fail=(errno.EINVAL,) if bit == 12 else ())
 
     @staticmethod
     def emit_locks_and_seals(task: RestoredTask, program: Program) -> None:
@@ -221,6 +356,18 @@ class MemoryPlan:
                 program.call("mseal", entry.start, length, 0)
 
 
+def _advice(layout: Layout) -> Iterator[tuple[int, int, int]]:
+    for entry in layout.entries:
+        advice = entry.madv
+        if not advice or entry.status & (base.VMA_VVAR | base.VMA_VDSO):
+            continue
+        if entry.flags & base.MAP_DROPPABLE:
+            advice &= ~(1 << MADV_WIPEONFORK | 1 << 16)
+        for bit in range(advice.bit_length()):
+            if advice >> bit & 1:
+                yield entry.start, entry.end - entry.start, bit
+
+
 def _same(a: Message, b: Message) -> bool:
     return bool(
         a.end == b.end and a.prot == b.prot and a.flags == b.flags and a.shmid == b.shmid and a.pgoff == b.pgoff
@@ -228,13 +375,82 @@ def _same(a: Message, b: Message) -> bool:
     )  # fmt: skip
 
 
-def _clipped(runs: list[Run], entry: Message) -> list[tuple[int, int]]:
-    found = []
-    for address, count, *_ in runs:
-        start, end = max(address, entry.start), min(address + count * PAGE, entry.end)
-        if start < end:
-            found.append((start, end))
+def _cut(pieces: list[Piece], layout: Layout) -> list[Piece]:
+    """The pieces, cut where mappings end."""
+    found: list[Piece] = []
+    entries, last = layout.entries, len(layout.entries) - 1
+    index, end = -1, 0
+    for piece in pieces:
+        fd, address, size, offset = piece
+        while address >= end and index < last:
+            index += 1
+            end = entries[index].end
+        while address + size > end and index < last:
+            part = end - address
+            found.append((fd, address, part, offset))
+            address, size, offset = end, size - part, offset + part
+            index += 1
+            end = entries[index].end
+        found.append((fd, address, size, offset))
     return found
+
+
+def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces to be read together: small ones that follow one another in their file."""
+    group: list[Piece] = []
+    next_fd, next_offset = -1, -1
+    for piece in sorted(pieces, key=_in_file):
+        fd, _, size, offset = piece
+        if group and (
+            fd != next_fd or offset != next_offset or size > SMALL_BYTES or group[0][2] > SMALL_BYTES
+            or len(group) == IOV_MAX
+        ):  # fmt: skip
+            yield group
+            group = []
+        group.append(piece)
+        next_fd, next_offset = fd, offset + size
+    if group:
+        yield group
+
+
+def _in_file(piece: Piece) -> tuple[int, int]:
+    return piece[0], piece[3]
+
+
+def _spans(runs: list[Run]) -> list[tuple[int, int]]:
+    """The runs as (start, end); neighbours are joined."""
+    found: list[tuple[int, int]] = []
+    start = end = -1
+    for run in runs:
+        address = run[0]
+        if address != end:
+            if start >= 0:
+                found.append((start, end))
+            start = address
+        end = address + run[1] * PAGE
+    if start >= 0:
+        found.append((start, end))
+    return found
+
+
+def _minus_runs(runs: list[Run], spans: list[tuple[int, int]]) -> list[Run]:
+    """The runs without those that lie in ``spans``, of which there are few."""
+    for start, end in spans:
+        if any(start <= run[0] < end for run in runs):
+            runs = [run for run in runs if not start <= run[0] < end]
+    return runs
+
+
+def _common(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What both lists of spans cover, in parts that lie in one of ``others`` each; both ascending."""
+    index = 0
+    for low, high in others:
+        while index < len(spans) and spans[index][1] <= low:
+            index += 1
+        at = index
+        while at < len(spans) and spans[at][0] < high:
+            yield max(low, spans[at][0]), min(high, spans[at][1])
+            at += 1
 
 
 def _minus(spans: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:

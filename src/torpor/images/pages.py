@@ -31,6 +31,7 @@ PE_PARENT = 1 << 0  # in the parent snapshot
 PE_LAZY = 1 << 1  # may be brought in after the restore
 PE_PRESENT = 1 << 2  # in this snapshot's pages file
 
+_ENTRIES_AT_ONCE = 4096
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 #: ``nr_pages`` pages from ``vaddr`` on. ``fd`` and ``offset``: where their contents begin, -1 for
@@ -53,6 +54,9 @@ class PagemapWriter:
         self._start = self._end = self._flags = self._same_as = 0
         #: pages announced so far, by what became of them
         self.present = self.in_parent = self.elsewhere = 0
+        self._encoded: list[bytes] = []
+        # compat_nr_pages is 32 bits wide and only there because it was a required field once.
+        self._entry = pb.pagemap_entry(compat_nr_pages=0)
         writer.append(name, pb.pagemap_head(pages_id=pages_id))
 
     def add(
@@ -68,30 +72,36 @@ class PagemapWriter:
             self.in_parent += nr_pages
         else:
             self.elsewhere += nr_pages
-        same = vaddr == self._end and flags == self._flags and same_as == self._same_as
-        if not same or self._start == self._end:
+        if vaddr == self._end and flags == self._flags and same_as == self._same_as and self._start != self._end:
+            self._end = vaddr + nr_pages * PAGE_SIZE
+            return
+        if self._start != self._end:
             self._emit()
-            self._start, self._flags, self._same_as = vaddr, flags, same_as
+        self._start, self._flags, self._same_as = vaddr, flags, same_as
         self._end = vaddr + nr_pages * PAGE_SIZE
 
     def close(self) -> None:
         """Write the last run. Nothing may be added afterwards."""
-        self._emit()
-        self._start = self._end
+        if self._start != self._end:
+            self._emit()
+            self._start = self._end
+        self._flush()
 
     def _emit(self) -> None:
-        if self._start == self._end:
-            return
-        # compat_nr_pages is 32 bits wide and only there because it was a required field once.
-        entry = pb.pagemap_entry(
-            vaddr=self._start,
-            compat_nr_pages=0,
-            flags=self._flags,
-            nr_pages=(self._end - self._start) // PAGE_SIZE,
-        )
+        entry = self._entry
+        entry.vaddr, entry.flags, entry.nr_pages = self._start, self._flags, (self._end - self._start) // PAGE_SIZE
         if self._same_as:
             entry.same_as = self._same_as
-        self._writer.append(self._name, entry)
+            self._encoded.append(entry.SerializeToString())
+            entry.ClearField("same_as")
+        else:
+            self._encoded.append(entry.SerializeToString())
+        if len(self._encoded) > _ENTRIES_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.append_encoded(self._name, self._encoded)
+        self._encoded = []
 
 
 class Pagemap:
@@ -110,37 +120,38 @@ def read_pagemap(reader: ImageReader, name: str) -> Pagemap:
 
     Raises ImageError naming the entry that is wrong.
     """
-    spans = reader.spans(name, required=True)
-    try:
-        pages_id: int = next(spans).message.pages_id
-        runs, stored = _checked(spans, magic.file_name(name))
-    finally:
-        spans.close()  # and with it the file, now, not when the error is forgotten
+    messages = reader.read_all(name, required=True)
+    pages_id: int = messages[0].pages_id
+    runs, stored = _checked(messages, magic.file_name(name))
     if stored:
         _check_pages_file(reader, f"pages-{pages_id}", stored, magic.file_name(name))
     return Pagemap(name, pages_id, runs)
 
 
-def _checked(spans: Iterator[Any], file: str) -> tuple[list[Run], int]:
-    """The runs, and how many bytes the pages file has to have for them."""
+def _checked(messages: list[Any], file: str) -> tuple[list[Run], int]:
+    """The runs, and how many bytes the pages file has to have for them. The first message is the head."""
     runs: list[Run] = []
     end = offset = 0
-    for index, span in enumerate(spans, 1):
-        entry = span.message
-        vaddr, nr_pages, flags = entry.vaddr, _nr_pages(entry), _flags(entry)
+    for index in range(1, len(messages)):
+        entry = messages[index]
+        vaddr, nr_pages, flags, same_as = entry.vaddr, entry.nr_pages, entry.flags, entry.same_as
+        if not nr_pages:
+            nr_pages = _nr_pages(entry)
         if vaddr < end or vaddr % PAGE_SIZE or not nr_pages:
             raise ImageError(file, f"entry {index}", _wrong(vaddr, nr_pages, end))
         size = nr_pages * PAGE_SIZE
         end = vaddr + size
         if end > limits.ADDRESS_MAX:
             raise ImageError(file, f"entry {index}", f"{nr_pages} pages from {vaddr:#x} on")
+        if same_as or flags != PE_PRESENT:
+            flags = _flags(entry)
         if flags & PE_PRESENT:
             if flags & PE_PARENT:
                 raise ImageError(file, f"entry {index}", "both here and in the parent snapshot")
             runs.append(Run(vaddr, nr_pages, flags, -1, offset, 0))
             offset += size
         else:
-            runs.append(Run(vaddr, nr_pages, flags, -1, -1, entry.same_as))
+            runs.append(Run(vaddr, nr_pages, flags, -1, -1, same_as))
     return runs, offset
 
 
@@ -188,8 +199,8 @@ class _Level:
         pagemap = read_pagemap(reader, name)
         self.file = magic.file_name(name)
         self.runs = pagemap.runs
-        self.starts = [run.vaddr for run in pagemap.runs]
-        present = any(run.offset >= 0 for run in pagemap.runs)
+        self.starts: list[int] = []
+        present = any(run[4] >= 0 for run in pagemap.runs)
         self.fd = reader.pages(f"pages-{pagemap.pages_id}") if present else -1
 
 
@@ -210,10 +221,13 @@ class Pages:
         """All runs in order of addresses; PE_PARENT ones are replaced by what the parents hold."""
         top = self._levels[0]
         for run in top.runs:
-            if run.flags & PE_PARENT:
-                yield from self._inherited(1, run.vaddr, run.vaddr + run.nr_pages * PAGE_SIZE)
+            vaddr, nr_pages, flags, _, offset, same_as = run
+            if flags & PE_PARENT:
+                yield from self._inherited(1, vaddr, vaddr + nr_pages * PAGE_SIZE)
+            elif offset >= 0:
+                yield Run(vaddr, nr_pages, flags, top.fd, offset, same_as)
             else:
-                yield run._replace(fd=top.fd if run.offset >= 0 else -1)
+                yield run
 
     def close(self) -> None:
         """Close the pages files."""
@@ -248,6 +262,8 @@ class Pages:
     def _inherited(self, depth: int, start: int, end: int) -> Iterator[Run]:
         """What the snapshots from ``depth`` on hold of the addresses from start to end."""
         level = self._level(depth)
+        if len(level.starts) != len(level.runs):
+            level.starts = [run.vaddr for run in level.runs]
         index = max(bisect_right(level.starts, start) - 1, 0)
         while start < end:
             run = level.runs[index] if index < len(level.runs) else None

@@ -12,7 +12,8 @@ import signal
 from ..errors import KernelError
 from . import ptrace
 from .call import call, try_call
-from .kernel import KCMP_VM, PAGEMAP_SCAN, kcmp, writable_address
+from .kernel import KCMP_VM, PAGEMAP_SCAN, PM_GUARD, kcmp, writable_address
+from .kernel import pagemap_scan as kernel_scan
 
 
 def knows(name: str, *args: object) -> bool:
@@ -41,13 +42,16 @@ def pagemap_scan() -> bool:
 
 
 def guard_pages() -> bool:
-    """Guard regions that can be made and be seen in the pagemap."""
-    import mmap
-
-
+    """Guard regions that can be made and be seen by PAGEMAP_SCAN."""
     with mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         address = writable_address(area)
-        return pagemap_scan() and try_call("madvise", address, 4096, 102) == 0 and try_call("madvise", address, 4096, 103) == 0
+        call("madvise", address, 4096, 102)
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return bool(kernel_scan(fd, address, address + 4096, anyof=PM_GUARD, wanted=PM_GUARD))
+        finally:
+            os.close(fd)
+            call("madvise", address, 4096, 103)
 
 
 def in_child(operation: int, *args: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 from .call import call
@@ -69,7 +70,7 @@ def pagemap_scan(
     """PAGEMAP_SCAN: all (start, end, categories) page regions of [start, end) that match.
 
     Linux kernel commit 52526ca7fdb9 ("fs/proc/task_mmu: implement IOCTL to get and optionally clear info about
-    PTEs") (in v6.7).
+    PTEs") (in v6.7). PM_GUARD in ``wanted`` is not insisted on: it came later, in v6.16.
     """
     import fcntl
 
@@ -78,12 +79,28 @@ def pagemap_scan(
     arg = pm_scan_arg(96, 0, start, end, 0, ctypes.addressof(vector), capacity, 0, inverted, mask, anyof, wanted)
     found: list[tuple[int, int, int]] = []
     while True:
-        count = fcntl.ioctl(pagemap_fd, PAGEMAP_SCAN, arg)
+        try:
+            count = fcntl.ioctl(pagemap_fd, PAGEMAP_SCAN, arg)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not arg.return_mask & PM_GUARD:
+                raise
+            arg.return_mask &= ~PM_GUARD
+            continue
         words = vector[: 3 * count]
         found += zip(words[::3], words[1::3], words[2::3], strict=True)
         if count < capacity or arg.walk_end >= end:
             return found
         arg.start = arg.walk_end
+
+
+TMPFS_MAGIC = 0x01021994
+
+
+def file_system(fd: int) -> int:
+    """The kind of file system that an open file is on: a magic number of include/uapi/linux/magic.h."""
+    status = (ctypes.c_uint64 * 15)()  # struct statfs
+    call("fstatfs", fd, status)
+    return status[0]
 
 
 def name_bytes(text: str | bytes) -> bytes:

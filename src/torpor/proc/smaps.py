@@ -58,6 +58,11 @@ def parse_flags(data: bytes) -> list[tuple[int, int, frozenset[str]]]:
     return found
 
 
+def raw_flags(data: bytes) -> list[bytes]:
+    """Return the kernel's text of each mapping's flags, without looking at it: good for comparing."""
+    return [block[: block.find(b"\n")] for block in data.split(_FLAGS)[1:]]
+
+
 def parse(data: bytes) -> list[Smap]:
     """Return all mappings with the figures above, in ascending order. Raises ValueError."""
     flags = parse_flags(data)

@@ -97,8 +97,10 @@ class Guest:
         now = ptrace.get_regs(tid)
         memory, reached = b"", 0
         if now.bp:
-            program.place(now.bx)
-            os.pwrite(self.mem_fd, program.compile(), now.bx)
+            if program.base != now.bx or not program.image:
+                program.place(now.bx)
+                program.image = program.compile()
+            os.pwrite(self.mem_fd, program.image, now.bx)
             self._resume(tid)
             memory = os.pread(self.mem_fd, program.size, now.bx)
             reached = ptrace.get_regs(tid).r15

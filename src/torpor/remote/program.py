@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _WORD = (1 << 64) - 1
+_PADDING = tuple((0,) * (7 - count) for count in range(7))
 
 
 class Ref:
@@ -54,7 +55,7 @@ class Label:
 class Record:
     """One system call: name, arguments, what may go wrong, and why it is done."""
 
-    __slots__ = ("args", "child", "may_fail", "name", "store", "transfer", "why")
+    __slots__ = ("args", "child", "may_fail", "name", "plain", "store", "transfer", "why")
 
     def __init__(self, name: str, args: tuple[object, ...], why: str) -> None:
         self.name = name
@@ -64,6 +65,7 @@ class Record:
         self.store: tuple[int, int] | None = None
         self.child: Program | None = None
         self.transfer = False
+        self.plain = False  # are all arguments numbers?
 
     def __str__(self) -> str:
         shown = ", ".join(_show(arg) for arg in self.args)
@@ -87,7 +89,7 @@ def _show(arg: object) -> str:
 class Program:
     """A list of records and the data that they point to."""
 
-    __slots__ = ("base", "data", "name", "pointers", "records")
+    __slots__ = ("base", "data", "image", "name", "pointers", "records")
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -95,6 +97,7 @@ class Program:
         self.records: list[Record] = []
         self.data = bytearray()
         self.base = 0  # where it was placed; 0: not yet
+        self.image = b""  # for whoever runs it again at the same place
 
     def __len__(self) -> int:
         return len(self.records)
@@ -134,23 +137,35 @@ class Program:
         after which the program goes on. ``child``: the program that the child of a clone goes on with. ``transfer``: a call of the form
         (fd, buffer, count, offset), repeated until all of count has moved. Returns a reference to the result.
         """
-        assert name in NR, f"no system call {name}"
+        number = NR.get(name)
+        assert number is not None, f"no system call {name}"
         assert len(args) <= 6, name
-        placed = tuple(self.put(arg) if isinstance(arg, bytes) else arg for arg in args)
-        record = Record(name, placed, why)
-        for number in may_fail:
-            assert 0 < number < 64, errno.errorcode.get(number, number)
-            record.may_fail |= 1 << number
+        records = self.records
+        index = len(records)
+        plain = True
+        for arg in args:
+            if type(arg) is not int:
+                plain = False
+                break
+        record = Record(name, args if plain else self._placed(args, index), why)
+        record.plain = plain
+        for failure in may_fail:
+            assert 0 < failure < 64, errno.errorcode.get(failure, failure)
+            record.may_fail |= 1 << failure
         record.child = child
         record.transfer = transfer
-        index = len(self.records)
+        records.append(record)
+        return Ref(index)
+
+    def _placed(self, args: tuple[object, ...], index: int) -> tuple[object, ...]:
+        """Arguments with bytes placed beside the program, and with the sources of results told where they are wanted."""
+        placed = tuple(self.put(arg) if isinstance(arg, bytes) else arg for arg in args)
         for position, arg in enumerate(placed):
             if isinstance(arg, Ref):
                 source = self.records[arg.index]
                 assert source.store is None, "a result can be passed on once"
                 source.store = (index, position)
-        self.records.append(record)
-        return Ref(index)
+        return placed
 
     @property
     def size(self) -> int:
@@ -167,16 +182,17 @@ class Program:
         data_base = self.base + (len(self.records) + 1) * RECORD_BYTES
         words: list[int] = []
         for record in self.records:
+            args = record.args
             words.append(NR[record.name] + 1)
-            for arg in record.args:
-                words.append(self._word(arg, data_base))
-            words.extend((0,) * (7 - len(record.args)))  # the arguments left out, and the result
+            words += args if record.plain else [self._word(arg, data_base) for arg in args]  # type: ignore[arg-type]
             store = record.store
-            words.append(self.base + store[0] * RECORD_BYTES + 8 * (1 + store[1]) if store else 0)
-            words.append(record.may_fail)
-            words.append(record.child.base if record.child is not None else 0)
-            words.append(record.transfer)
-        words.extend((0,) * RECORD_WORDS)
+            words += _PADDING[len(args)]  # the arguments left out, and the result
+            words += (
+                self.base + store[0] * RECORD_BYTES + 8 * (1 + store[1]) if store else 0,
+                record.may_fail, record.child.base if record.child is not None else 0, record.transfer,
+            )  # fmt: skip
+        words += (0,) * RECORD_WORDS
+        words = [word & _WORD for word in words]
         data = bytearray(self.data)
         for place, target in self.pointers:
             struct.pack_into("<Q", data, place, data_base + target)
@@ -185,7 +201,7 @@ class Program:
     @staticmethod
     def _word(arg: object, data_base: int) -> int:
         if isinstance(arg, int):
-            return arg & _WORD
+            return arg
         if isinstance(arg, Data):
             return data_base + arg.offset
         if isinstance(arg, Label):

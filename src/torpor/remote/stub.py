@@ -75,6 +75,12 @@ class Arena:
         start = program.base - self.base
         return self.memory[start : start + program.size]
 
+    def result(self, program: Program, index: int) -> int:
+        """The result of one record of a program that has run past it."""
+        place = program.base - self.base + index * machine.RECORD_BYTES + 8 * machine.RESULT_WORD
+        value: int = struct.unpack_from("<q", self.memory, place)[0]
+        return value
+
     def close(self) -> None:
         """Unmap and close it here; stubs unmap it themselves."""
         self.memory.close()

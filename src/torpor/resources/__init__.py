@@ -65,6 +65,7 @@ class MappingKinds:
     def __init__(self) -> None:
         self.all: list[MappingResource] = sorted(load("memory"), key=lambda resource: resource.PRIORITY)
         self.by_kind: dict[str, list[MappingResource]] = {}
+        self._by_status: dict[int, MappingResource] = {}
         for resource in self.all:
             for kind in resource.KINDS:
                 self.by_kind.setdefault(kind, []).append(resource)
@@ -82,7 +83,12 @@ class MappingKinds:
 
     def of_entry(self, entry: Any) -> MappingResource:
         """The resource that restores a vma_entry; raises Unsupported when there is none."""
+        status: int = entry.status
+        known = self._by_status.get(status)
+        if known is not None:
+            return known
         for resource in self.all:
             if resource.restores(entry):
+                self._by_status[status] = resource
                 return resource
         raise Unsupported(f"mapping {entry.start:x}-{entry.end:x}: status {entry.status:#x} is not known")

@@ -119,7 +119,10 @@ class TaskResource:
     ORDER: ClassVar[int] = 50
 
     def ask(self, program: Program, thread: Any) -> Any:
-        """Append getters that the thread itself runs; returns whatever dump() needs to find their results."""
+        """Append getters that the thread itself runs; returns whatever dump() needs to find their results.
+
+        They are the same for all threads with as many supplementary groups, main threads and others apart: asked once.
+        """
         return None
 
     def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
@@ -166,7 +169,7 @@ class MappingResource:
         raise NotImplementedError
 
     def restores(self, entry: Message) -> bool:
-        """Is this vma_entry one of ours?"""
+        """Is this vma_entry one of ours? Its ``status`` alone tells."""
         raise NotImplementedError
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:

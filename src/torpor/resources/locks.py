@@ -43,8 +43,13 @@ AT_FDCWD = -100
 
 def finish(ctx: DumpContext) -> None:
     """Write the locks of all tasks, whose descriptors have been dumped. Raises Unsupported without
-    --file-locks."""
-    if not read_system("locks").strip():
+    --file-locks.
+
+    Whether there are any has shown with the descriptors, in ctx.memo["no locks"]: the list of all
+    locks of the system would say so too, but takes 8 ms to read, for all processors are waited for.
+    """
+    known = ctx.memo.get("no locks")
+    if known or (known is None and not read_system("locks").strip()):
         return
     seen: set[object] = set()
     for task in ctx.tasks.values():

@@ -142,7 +142,7 @@ def remap_of(ctx: BuildContext, file_id: int) -> tuple[int, int] | None:
 def open_remapped(ctx: BuildContext, entry: Message, flags: int, kind: int, number: int) -> int:
     """Open a reg_file_entry that ``remap_of`` says is not found by its name."""
     if kind == PROCFS:
-        return _open_of_dead_task(entry, flags, number)
+        return _open_of_dead_task(ctx, entry, flags, number)
     users = _users(ctx, kind, number)
     if kind == GHOST:
         found = ghost.anchors(ctx, number, users)
@@ -199,17 +199,33 @@ def _unlink(link: bytes) -> None:
         log.warning(f"{os.fsdecode(link)} could not be removed: {error.strerror}")
 
 
-def _open_of_dead_task(entry: Message, flags: int, pid: int) -> int:
-    """Open a file of /proc about a task with that number, which is made for it and ends at once."""
+def _open_of_dead_task(ctx: BuildContext, entry: Message, flags: int, pid: int) -> int:
+    """Open a file of /proc about a task with that number, which is made for it.
+
+    It ends when the tasks have what they need: nobody can enter a directory of a task that is gone.
+    """
+    _stand_in(ctx, pid)
+    return os.open(pb.get_bytes(entry.name), ghost.opening_flags(flags))
+
+
+def _stand_in(ctx: BuildContext, pid: int) -> None:
+    stand_ins: set[int] = ctx.memo.setdefault("dead tasks", set())
+    if pid in stand_ins:
+        return
     child = _clone_with_pid(pid)
     if child == 0:
         while True:
             try_call("pause")
-    try:
-        return os.open(pb.get_bytes(entry.name), ghost.opening_flags(flags))
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    stand_ins.add(pid)
+
+    def end() -> None:
+        if pid in stand_ins:
+            stand_ins.discard(pid)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    ctx.memo.setdefault("after_mappings", []).append(end)
+    ctx.undo.add(f"task {pid}, which stands in for a dead one", end)
 
 
 def _clone_with_pid(pid: int) -> int:

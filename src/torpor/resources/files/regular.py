@@ -176,19 +176,34 @@ def build_id(path: str) -> bytes:
     except OSError:
         return b""
     try:
-        for size in (_ELF_HEAD, _ELF_MAX):
-            image = os.pread(fd, size, 0)
-            if image[:4] != b"\x7fELF":
-                return b""
-            try:
-                return Elf(image).build_id() or b""
-            except ValueError:
-                continue
-        return b""
+        status = os.fstat(fd)
+        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        if key not in _build_ids:
+            if len(_build_ids) >= _BUILD_IDS_MAX:
+                _build_ids.clear()
+            _build_ids[key] = _read_build_id(fd)
+        return _build_ids[key]
     except OSError:
         return b""
     finally:
         os.close(fd)
+
+
+#: Of files seen by this process: what identifies a file and its state → its build id
+_build_ids: dict[tuple[int, ...], bytes] = {}
+_BUILD_IDS_MAX = 4096
+
+
+def _read_build_id(fd: int) -> bytes:
+    for size in (_ELF_HEAD, _ELF_MAX):
+        image = os.pread(fd, size, 0)
+        if image[:4] != b"\x7fELF":
+            return b""
+        try:
+            return Elf(image).build_id() or b""
+        except ValueError:
+            continue
+    return b""
 
 
 def _words(data: bytes) -> list[int]:

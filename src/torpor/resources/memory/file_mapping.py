@@ -53,7 +53,9 @@ class FileMapping(MappingResource):
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         flags = entry.fdflags if entry.HasField("fdflags") else os.O_RDONLY
-        ctx.once(("map", entry.shmid, flags), lambda: ctx.keep(regular.open_file(ctx, entry.shmid, flags)))
+        key = "map", entry.shmid, flags
+        if key not in ctx.memo:
+            ctx.memo[key] = ctx.keep(regular.open_file(ctx, entry.shmid, flags))
 
     def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
         flags = entry.fdflags if entry.HasField("fdflags") else os.O_RDONLY

@@ -64,7 +64,10 @@ class ResourceLimits(TaskResource):
                 )
 
     def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
+        own = own_limits(ctx)
         for number, entry in enumerate(core.tc.rlimits.rlimits):
+            if (entry.cur, entry.max) == own[number]:
+                continue  # it has been born with that
             limit = struct.pack("<QQ", entry.cur, entry.max)
             program.call("prlimit64", 0, number, limit, 0, why=NAMES[number])
 

@@ -11,6 +11,7 @@ import struct
 
 from ...errors import ImageError, Unsupported
 from ..base import TaskResource
+from ._own import own_status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,13 +57,11 @@ class SignalActions(TaskResource):
         # children has left.
         default = program.put(bytes(ACTION.size))
         program.call("rt_sigaction", signal.SIGCHLD, default, 0, SET_BYTES, why="drop SIGCHLD")
-        table = program.put(b"".join(map(_pack, core.tc.sigactions)))
-        for index, number in enumerate(SIGNALS[: len(core.tc.sigactions)]):
-            program.call("rt_sigaction", number, table.at(index * ACTION.size), 0, SET_BYTES)
-
-
-def _pack(entry: Message) -> bytes:
-    return ACTION.pack(entry.sigaction, entry.flags, entry.restorer, entry.mask)
+        ignored = own_status(ctx).SigIgn & ~(1 << (signal.SIGCHLD - 1))
+        for number, entry in zip(SIGNALS, core.tc.sigactions, strict=False):
+            action = entry.sigaction, entry.flags, entry.restorer, entry.mask
+            if action != (ignored >> (number - 1) & 1, 0, 0, 0):  # what execve(2) has left of ours
+                program.call("rt_sigaction", number, ACTION.pack(*action), 0, SET_BYTES)
 
 
 RESOURCE = SignalActions()

@@ -25,12 +25,9 @@ class SyscallDispatch(TaskResource):
 
     PER = "thread"
 
-    def ask(self, program: Program, thread: Any) -> None:
+    def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
         if ptrace.syscall_user_dispatch(thread.tid)[0]:
             raise Unsupported(f"thread {thread.tid} uses syscall user dispatch")
-
-    def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
-        pass
 
     def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
         pass

@@ -1,0 +1,162 @@
+"""Control groups: where the threads of a tree are, and how those groups are set up. Image: cgroup.img.
+
+A set is where a thread is in every hierarchy. Threads in the set that we are in ourselves stay with whoever restores
+them; nothing is written if that is all. Restore: cgroups_build.py. Kernel: kernel/cgroup/cgroup.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ..errors import doing
+from ..images import schema as pb
+from ..proc.read import read
+from . import cgroup_fs as fs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..images.schema import Message
+    from .base import DumpContext
+
+#: The number of our own set: inventory.root_cg_set.
+OWN_SET = 1
+
+
+class _Sets:
+    """The sets found so far, numbered."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.own = read(os.getpid(), "cgroup")
+        self.numbers: dict[bytes, int] = {}
+        self.sets: list[dict[str, bytes]] = []  # set n is at n - 1
+        self.number(self.own)
+
+    def number(self, text: bytes) -> int:
+        """The set of a /proc/PID/cgroup."""
+        known = self.numbers.get(text)
+        if known is None:
+            groups = fs.groups_of(text, self.options.cgroup_dump_controller)
+            if groups not in self.sets:
+                self.sets.append(groups)
+            known = self.numbers[text] = self.sets.index(groups) + 1
+        return known
+
+
+def dump_thread(thread: Any, core: Message, ctx: DumpContext) -> None:
+    """Note the set of a SourceThread in its core_entry."""
+    sets = _sets(ctx)
+    core.thread_core.cg_set = sets.number(read(thread.task.pid, f"task/{thread.tid}/cgroup"))
+
+
+def _sets(ctx: DumpContext) -> _Sets:
+    if "cgroups" not in ctx.memo:
+        ctx.memo["cgroups"] = _Sets(ctx.options)
+    found: _Sets = ctx.memo["cgroups"]
+    return found
+
+
+def finish(ctx: DumpContext) -> None:
+    """Write cgroup.img, if any thread is in another set than ours."""
+    sets = _sets(ctx)
+    if len(sets.sets) == OWN_SET:
+        return
+    entry = pb.cgroup_entry()
+    for number, groups in enumerate(sets.sets, 1):
+        if number != OWN_SET:
+            _put_set(entry.sets.add(id=number), groups)
+    hierarchies = fs.Hierarchies(ctx.options)
+    try:
+        for name in sorted({name for groups in sets.sets for name in groups}):
+            with doing(f"control groups of `{name or 'cgroup2'}`"):
+                _put_hierarchy(entry, name, sets, hierarchies)
+    finally:
+        hierarchies.close()
+    ctx.images.write_one("cgroup", entry)
+
+
+def _put_set(entry: Message, groups: dict[str, bytes]) -> None:
+    for name, path in groups.items():
+        fs.refuse_outside(name, path)
+        member = entry.ctls.add(name=name)
+        pb.put_bytes(member, "path", path)
+
+
+def _put_hierarchy(entry: Message, name: str, sets: _Sets, hierarchies: fs.Hierarchies) -> None:
+    controller = entry.controllers.add(is_threaded=False)
+    controller.cnames.extend(name.split(","))
+    if sets.options.manage_cgroups == "ignore":
+        return
+    own = sets.sets[OWN_SET - 1].get(name, b"/")
+    paths = {groups[name] for groups in sets.sets[OWN_SET:] if name in groups}
+    top = _given_root(name, sets.options)
+    tops: list[bytes] = []
+    for path in sorted({top, *paths} if top else paths):
+        if not any(_below(path, other) for other in tops):
+            tops.append(path)
+    for path in tops:
+        head = controller.dirs.add()
+        pb.put_bytes(head, "dir_name", path.strip(b"/"))
+        if path == b"/":
+            continue  # it is there on every machine, and all other groups are below it
+        group = fs.open_group(hierarchies.root(name), path)
+        try:
+            # Groups below ours or below an ancestor of ours are, for the most part, not the tree's.
+            deep = path == top or not _below(own, path)
+            controller.is_threaded |= _put_group(head, group, name, deep=deep)
+        finally:
+            os.close(group)
+
+
+def _given_root(name: str, options: Any) -> bytes:
+    """Which group is dumped with all below it, by --cgroup-root; empty if that was not said."""
+    chosen = ""
+    for controllers, path in options.cgroup_root:
+        if set(controllers.split(",")) & set(name.split(",")) - {""} or not (controllers or chosen):
+            chosen = path
+    return b"/" + os.fsencode(chosen).strip(b"/") if chosen else b""
+
+
+def _below(path: bytes, other: bytes) -> bool:
+    """Is it that group or one below it?"""
+    return path == other or path.startswith(other.rstrip(b"/") + b"/")
+
+
+def _put_group(entry: Message, group: int, name: str, *, deep: bool) -> bool:
+    """Fill in a cgroup_dir_entry but its name, with the groups below it if ``deep``; is any for threads?"""
+    fs.put_permissions(entry.dir_perms, os.fstat(group))
+    threaded = False
+    for prop in fs.property_names(name):
+        try:
+            value = fs.value_of(group, prop)
+        except KeyError:
+            continue  # this kernel does not have it
+        if name == fs.UNIFIED and value == fs.V2_PROPERTIES.get(prop):
+            continue
+        threaded |= prop == "tasks" or (prop == "cgroup.type" and value == "threaded")
+        fs.put_permissions(entry.properties.add(name=prop, value=value).perms, os.stat(prop, dir_fd=group))
+    if deep:
+        for below in sorted(one.name for one in os.scandir(group) if one.is_dir(follow_symlinks=False)):
+            threaded |= _put_below(entry, group, os.fsencode(below), name)
+    return threaded
+
+
+def _put_below(entry: Message, group: int, below: bytes, name: str) -> bool:
+    try:
+        fd = os.open(below, fs.DIRECTORY, dir_fd=group)
+    except FileNotFoundError:  # removed by somebody just now
+        return False
+    try:
+        child = entry.children.add()
+        pb.put_bytes(child, "dir_name", below)
+        return _put_group(child, fd, name, deep=True)
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.ENOENT):
+            raise
+        del entry.children[-1]
+        return False
+    finally:
+        os.close(fd)
