@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 
@@ -92,6 +93,31 @@ def test_it_finds_what_a_scan_finds(
         with open(os.path.join(folder, f"pagemap-{target.pid}.img"), "rb") as file:
             stored.append(file.read())
     assert stored[0] == stored[1]
+
+
+def test_a_kernel_that_does_not_know_guard_regions_is_not_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux 6.7 to 6.15 answer EINVAL to the category."""
+    real, refused = fcntl.ioctl, []
+
+    def ioctl(fd: int, request: int, arg: kernel.pm_scan_arg) -> int:
+        if arg.return_mask & kernel.PM_GUARD:
+            refused.append(fd)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return int(real(fd, request, arg))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    with mmap.mmap(-1, 8 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area, open("/proc/self/pagemap") as file:
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        area[4096] = area[2 * 4096] = 1
+        start = kernel.writable_address(area)
+        present = kernel.PM_PRESENT
+        found = kernel.pagemap_scan(
+            file.fileno(), start, start + 8 * 4096, anyof=present, wanted=present | kernel.PM_GUARD
+        )
+        with pytest.raises(OSError, match="Invalid"):
+            kernel.pagemap_scan(file.fileno(), start + 1, start + 4096, anyof=present, wanted=present)
+    assert found == [(start + 4096, start + 3 * 4096, present)]
+    assert refused
 
 
 def test_the_page_of_zeros() -> None:

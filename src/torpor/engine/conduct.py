@@ -14,6 +14,7 @@ from ..linux.nr import NR
 from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
 from ..proc import maps as proc_maps
 from ..proc import stat as proc_stat
+from ..proc import status as proc_status
 from ..proc.read import read
 from ..remote import machine, stub
 from ..remote.program import Program
@@ -320,9 +321,19 @@ class Conductor:
                 if error.errno != errno.ESRCH:  # a thread that was let go before may have ended the process
                     raise
 
+    def _is_ours_unknown(self, pid: int) -> bool:
+        """Is it a stub that was forked a moment ago, of whom we have not heard?"""
+        if pid in self.started:
+            return False
+        try:
+            return proc_status.parse(read(pid, "status")).TracerPid == os.getpid()
+        except (TaskGone, OSError):
+            return False
+
     def abort(self) -> None:
         """Kill everything that was started."""
-        stub.kill([pid for pid in self.started if pid not in self.ended])
+        newborn = [task.pid for task in self.snapshot.tasks.values() if self._is_ours_unknown(task.pid)]
+        stub.kill([*(pid for pid in self.started if pid not in self.ended), *newborn])
         # Those that we did not trace any more, or that were their parents' zombies, have become our children by now.
         for pid in self.started:
             try:

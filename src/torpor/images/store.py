@@ -505,9 +505,12 @@ class ImageReader:
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise ImageError(file, "", "not a plain file") from None
             raise _kernel(f"open `{file}`", error) from None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ImageError(file, "", "not a plain file")
+        except BaseException:
             os.close(fd)
-            raise ImageError(file, "", "not a plain file")
+            raise
         return fd
 
     def _source(self, name: str, required: bool) -> _Source | None:

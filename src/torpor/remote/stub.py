@@ -16,6 +16,7 @@ import struct
 from ..errors import KernelError, TaskGone, Unsupported
 from ..linux import kernel, ptrace
 from ..linux.launch import Launcher, SignalsBlocked
+from ..proc.read import numbers
 from . import machine
 from .program import Program
 from .tracee import wait_stop
@@ -42,8 +43,12 @@ class Arena:
         self.base = base
         self.size = -(-size // PAGE) * PAGE + PAGE
         self.fd = os.memfd_create("torpor-arena", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self.size)
-        self.memory = mmap.mmap(self.fd, self.size)
+        try:
+            os.ftruncate(self.fd, self.size)
+            self.memory = mmap.mmap(self.fd, self.size)
+        except BaseException:
+            os.close(self.fd)
+            raise
         self.memory[: len(machine.STUB)] = machine.STUB
         self._next = PAGE
 
@@ -119,7 +124,11 @@ def launch(
     # The entry's first instruction makes %r15 point at the bootstrap: movabs $bootstrap, %r15.
     code = b"\x49\xbf" + struct.pack("<Q", elf_base + PAGE) + machine.STUB
     elf_fd = os.memfd_create("torpor-stub", os.MFD_CLOEXEC)
-    ready, go = os.pipe2(os.O_CLOEXEC)
+    try:
+        ready, go = os.pipe2(os.O_CLOEXEC)
+    except BaseException:
+        os.close(elf_fd)
+        raise
     try:
         os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
         pid = _clone(set_tid, _exec_program(ready, go, elf_fd, arena.fd, keep, clock_offsets, loginuid), go, sibling)
@@ -231,20 +240,38 @@ def start(pid: int, arena: Arena, program: Program) -> None:
 
 
 def kill(pids: Sequence[int]) -> None:
-    """Kill stubs and take their exits, children first."""
+    """Kill stubs and take their exits, children first.
+
+    A thread that was born a moment ago is our tracee too, without our having heard of it: while it is not reaped its
+    process does not end.
+    """
     for pid in reversed(pids):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
     for pid in reversed(pids):
-        try:
-            while True:
-                _, status = ptrace.wait(pid)
-                if not os.WIFSTOPPED(status):
-                    break
-        except (ChildProcessError, TaskGone):
-            continue
+        for tid in _threads(pid):
+            if tid != pid:
+                _await_end(tid)
+        _await_end(pid)
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return numbers(pid, "task")
+    except (TaskGone, OSError):
+        return []
+
+
+def _await_end(tid: int) -> None:
+    try:
+        while True:
+            _, status = ptrace.wait(tid)
+            if not os.WIFSTOPPED(status):
+                return
+    except ChildProcessError:
+        return  # not a child or tracee of ours any more
 
 
 def become_subreaper() -> bool:

@@ -43,7 +43,9 @@ V1_PROPERTIES = {
     "devices": "devices.list",
 }
 V1_GENERAL = "cgroup.clone_children notify_on_release cgroup.procs tasks"
-V2_GENERAL = "cgroup.subtree_control cgroup.max.descendants cgroup.max.depth cgroup.freeze cgroup.type"
+V2_GENERAL = (
+    "cgroup.subtree_control cgroup.max.descendants cgroup.max.depth cgroup.freeze cgroup.type cgroup.procs cgroup.threads"
+)
 #: Of version 2, stored where they are not what a new group has. CRIU stores none of these, and restores them.
 V2_PROPERTIES = {
     "memory.max": "max", "memory.high": "max", "memory.low": "0", "memory.min": "0", "memory.swap.max": "max",
@@ -52,7 +54,7 @@ V2_PROPERTIES = {
     "cpuset.cpus.partition": "member",
 }  # fmt: skip
 #: Files of which only the owner and mode matter.
-PERMISSIONS_ONLY = frozenset(("cgroup.procs", "tasks"))
+PERMISSIONS_ONLY = frozenset(("cgroup.procs", "cgroup.threads", "tasks"))
 
 
 def groups_of(text: bytes, chosen: tuple[str, ...] = ()) -> dict[str, bytes]:
@@ -157,6 +159,11 @@ def kernel_has(controller: str) -> bool:
 def open_group(root: int, path: bytes) -> int:
     """A group's directory, open; ``path`` is from the root of the hierarchy. Raises OSError."""
     return os.open(path.lstrip(b"/") or b".", DIRECTORY, dir_fd=root)
+
+
+def is_below(path: bytes, other: bytes) -> bool:
+    """Is the group that other one, or below it?"""
+    return path == other or path.startswith(other.rstrip(b"/") + b"/")
 
 
 def read_file(group: int, name: str) -> str:

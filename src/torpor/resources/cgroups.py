@@ -95,7 +95,7 @@ def _put_hierarchy(entry: Message, name: str, sets: _Sets, hierarchies: fs.Hiera
     top = _given_root(name, sets.options)
     tops: list[bytes] = []
     for path in sorted({top, *paths} if top else paths):
-        if not any(_below(path, other) for other in tops):
+        if not any(fs.is_below(path, other) for other in tops):
             tops.append(path)
     for path in tops:
         head = controller.dirs.add()
@@ -105,7 +105,7 @@ def _put_hierarchy(entry: Message, name: str, sets: _Sets, hierarchies: fs.Hiera
         group = fs.open_group(hierarchies.root(name), path)
         try:
             # Groups below ours or below an ancestor of ours are, for the most part, not the tree's.
-            deep = path == top or not _below(own, path)
+            deep = path == top or not fs.is_below(own, path)
             controller.is_threaded |= _put_group(head, group, name, deep=deep)
         finally:
             os.close(group)
@@ -120,11 +120,6 @@ def _given_root(name: str, options: Any) -> bytes:
     return b"/" + os.fsencode(chosen).strip(b"/") if chosen else b""
 
 
-def _below(path: bytes, other: bytes) -> bool:
-    """Is it that group or one below it?"""
-    return path == other or path.startswith(other.rstrip(b"/") + b"/")
-
-
 def _put_group(entry: Message, group: int, name: str, *, deep: bool) -> bool:
     """Fill in a cgroup_dir_entry but its name, with the groups below it if ``deep``; is any for threads?"""
     fs.put_permissions(entry.dir_perms, os.fstat(group))
@@ -136,8 +131,11 @@ def _put_group(entry: Message, group: int, name: str, *, deep: bool) -> bool:
             continue  # this kernel does not have it
         if name == fs.UNIFIED and value == fs.V2_PROPERTIES.get(prop):
             continue
+        stat = os.stat(prop, dir_fd=group)
+        if prop == "cgroup.threads" and (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (0, 0, 0o644):
+            continue  # CRIU would not know what to do with it
         threaded |= prop == "tasks" or (prop == "cgroup.type" and value == "threaded")
-        fs.put_permissions(entry.properties.add(name=prop, value=value).perms, os.stat(prop, dir_fd=group))
+        fs.put_permissions(entry.properties.add(name=prop, value=value).perms, stat)
     if deep:
         for below in sorted(one.name for one in os.scandir(group) if one.is_dir(follow_symlinks=False)):
             threaded |= _put_below(entry, group, os.fsencode(below), name)

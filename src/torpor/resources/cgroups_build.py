@@ -104,7 +104,22 @@ class Groups:
                 f"control groups of {controller or 'version 2'} are not to be had on this machine",
                 hint="--manage-cgroups=ignore restores without them",
             )
+        if name not in self.own:
+            self.ctx.once(("hierarchy", name), lambda: self.ctx.on_failure.add(name, lambda: self._dissolve(name)))
         return self.hierarchies.root(name, create=name not in self.own)
+
+    def _dissolve(self, name: str) -> None:
+        """End a hierarchy that was made, after its groups have been removed.
+
+        It ends with its last mount, unless a group that was removed is not quite gone at that moment; then it stays
+        until there has been a mount again.
+        """
+        self.hierarchies.close()
+        deadline = time.monotonic() + REMOVAL_S
+        while name in fs.own_groups() and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self.hierarchies.root(name)
+            self.hierarchies.close()
 
     def _free(self, controller: str) -> bool:
         """Can a hierarchy of version 1 be made of it, without taking it from version 2?"""
@@ -141,7 +156,7 @@ class Groups:
     def _have(self, name: str, path: bytes, entry: Message) -> bool:
         """Make the group unless it is there; is it new?"""
         if (name, path) not in self.made and fs.exists(self.root(name), path.lstrip(b"/")):
-            if self.mode == "strict":
+            if self.mode == "strict" and not fs.is_below(self.own.get(name, ROOT), path):
                 raise Unsupported("it exists", hint="--manage-cgroups=soft accepts that")
             return False
         if self.mode in ("none", "props"):
