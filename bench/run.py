@@ -26,9 +26,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [os.path.join(ROOT, "src"), os.path.join(ROOT, "tests"), HERE]
 
-import programs  # noqa: E402 - the path had to be set
-from kit import Target, Targets  # noqa: E402
-from kit.host import become_subreaper  # noqa: E402
+import programs
+from kit import Target, Targets
+from kit.host import become_subreaper
 
 SRC = os.path.join(ROOT, "src")
 

@@ -9,8 +9,8 @@
     for problem in torpor.check(pid):               # what would stop a dump, before anything is frozen
         print(problem)
 
-Every function takes the options of :class:`torpor.Options` as keyword arguments (``leave_running=True``, ``shell_job=True``, …)
-and raises :class:`torpor.TorporError` and its subclasses.
+Every function takes the options of :class:`torpor.Options` as keyword arguments (``leave_running=True``,
+``shell_job=True``, …) and raises :class:`torpor.TorporError` and its subclasses.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __version__ = "0.1.0"
 def dump(pid: int, images_dir: str | os.PathLike[str], **options: object) -> DumpResult:
     """Write a snapshot of the process tree below and with ``pid`` to the directory ``images_dir``.
 
-    The tree is ended afterwards, unless ``leave_running`` or ``leave_stopped`` is given. Raises TorporError; the tree then
-    runs on as if nothing had been. :class:`Blockers` lists everything that stands in the way at once.
+    The tree is ended afterwards, unless ``leave_running`` or ``leave_stopped`` is given. Raises TorporError; the tree
+    then runs on as if nothing had been. :class:`Blockers` lists everything that stands in the way at once.
     """
     from .engine.dump import dump as run
 
@@ -47,8 +47,8 @@ def dump(pid: int, images_dir: str | os.PathLike[str], **options: object) -> Dum
 def restore(images_dir: str | os.PathLike[str], **options: object) -> RestoreResult:
     """Wake the tree of processes whose snapshot is in ``images_dir``; ``.pid`` of the result is its root.
 
-    It runs when this returns, its root being a child of the calling process, to be waited for. Raises TorporError; nothing
-    of the attempt is left then.
+    It runs when this returns, its root being a child of the calling process, to be waited for. Raises TorporError;
+    nothing of the attempt is left then.
     """
     from .engine.restore import restore as run
 
@@ -56,7 +56,8 @@ def restore(images_dir: str | os.PathLike[str], **options: object) -> RestoreRes
 
 
 def check(pid: int, **options: object) -> list[TorporError]:
-    """Everything that a dump of the tree below and with ``pid`` would refuse, with hints; empty when nothing stands in the way.
+    """Everything that a dump of the tree below and with ``pid`` would refuse, with hints; empty when nothing stands in
+    the way.
 
     Nothing is stopped or changed.
     """

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class TorporError(Exception):
     """Base of every error that Torpor raises on purpose.
 
-    ``hint`` is advice for the reader, kept apart from the fact. ``context`` is the chain of what was being done, outermost
-    first. ``status`` is the value that CRIU's RPC calls cr_errno.
+    ``hint`` is advice for the reader, kept apart from the fact. ``context`` is the chain of what was being done,
+    outermost first. ``status`` is the value that CRIU's RPC calls cr_errno.
     """
 
     status = 0
@@ -98,7 +98,7 @@ class UsageError(TorporError):
     """The request itself is wrong: an option, a combination, a target."""
 
 
-class doing:  # noqa: N801 - reads as a verb: `with doing("dump")`
+class doing:
     """Say what is being done: an error that passes through gets it as context.
 
     An OSError that is not ours is turned into a :class:`KernelError` on the way, so that nothing above sees a bare one.

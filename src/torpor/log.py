@@ -1,6 +1,7 @@
 """Log lines in CRIU's grammar: ``(00.012345) eventfd: …``, seconds since the start of the operation.
 
-One process runs one operation at a time, so there is one sink. Levels are CRIU's: 0 messages, 1 errors, 2 warnings, 3 info, 4 debug.
+One process runs one operation at a time, so there is one sink. Levels are CRIU's: 0 messages, 1 errors, 2 warnings, 3
+info, 4 debug.
 """
 
 from __future__ import annotations

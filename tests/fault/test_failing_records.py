@@ -1,4 +1,6 @@
-"""The n-th call that a restored task makes for itself fails, for every n: nothing is left, and the error names the call."""
+"""The n-th call that a restored task makes for itself fails, for every n: nothing is left, and the error names the
+call.
+"""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def assembled(tmp_path_factory) -> tuple[bytes, dict[str, int]]:
 
 def test_bytes_are_those_of_the_source(assembled) -> None:
     code, at = assembled
-    assert machine.STUB == code[at["stub_start"] : at["stub_end"]]
-    assert machine.GUEST == code[at["guest_start"] : at["guest_end"]]
+    assert code[at["stub_start"] : at["stub_end"]] == machine.STUB
+    assert code[at["guest_start"] : at["guest_end"]] == machine.GUEST
     assert at["guest_start"] + machine.GUEST_RUN == at["guest_run"]
 
 

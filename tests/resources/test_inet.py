@@ -1,6 +1,6 @@
 """Sockets of IPv4 and IPv6 through the whole engine, in a network of the test's own."""
 
-# ruff: noqa: E501 - programs in strings
+
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def look(pid: int) -> dict[int, tuple[int, proc_stat.Stat]]:
 def freeze(root: int, seized: Seized) -> dict[int, SourceTask]:
     """Stop the tree below and with ``root``; pid → task, parents before children.
 
-    Passes are made until one finds nothing new: a task that was still running may have forked, and children of a task that
-    ends go to another one of the tree.
+    Passes are made until one finds nothing new: a task that was still running may have forked, and children of a task
+    that ends go to another one of the tree.
     """
     tasks: dict[int, SourceTask] = {}
     _freeze_process(root, 0, tasks, seized)

@@ -1,7 +1,7 @@
 """The registers of a thread, between ptrace's form and the images'.
 
-XSAVE's uncompacted layout is read from CPUID leaf 13 by asking where each component lies; the images hold the components by
-name. Intel SDM volume 1, 13.4; kernel: arch/x86/kernel/fpu/xstate.c
+XSAVE's uncompacted layout is read from CPUID leaf 13 by asking where each component lies; the images hold the
+components by name. Intel SDM volume 1, 13.4; kernel: arch/x86/kernel/fpu/xstate.c
 """
 
 from __future__ import annotations

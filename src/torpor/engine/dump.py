@@ -1,6 +1,7 @@
 """dump: stop a tree, write what it is to images, then end it or let it go on.
 
-Nothing is changed in the tasks but what `remote/guest.py` says, and everything that was stopped is let go whatever happens.
+Nothing is changed in the tasks but what `remote/guest.py` says, and everything that was stopped is let go whatever
+happens.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class DumpResult:
 def dump(pid: int, options: Options) -> DumpResult:
     """Write a snapshot of the tree of processes below and with ``pid`` to ``options.images_dir``.
 
-    The tree is killed afterwards unless ``options.leave_running`` or ``leave_stopped`` is set. Raises TorporError; then the
-    tree runs on as if nothing had been, and no image is left.
+    The tree is killed afterwards unless ``options.leave_running`` or ``leave_stopped`` is set. Raises TorporError; then
+    the tree runs on as if nothing had been, and no image is left.
     """
     started = time.monotonic()
     with doing("dump"), Paused():

@@ -1,6 +1,7 @@
 """The memory of a task: its mappings, and the pages that are its own.
 
-Which pages exist is asked once for a whole address space (PAGEMAP_SCAN); they go from the task to the file in large pieces.
+Which pages exist is asked once for a whole address space (PAGEMAP_SCAN); they go from the task to the file in large
+pieces.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 PAGE = 4096
 ADDRESS_END = 0x7FFFFFFFF000
 WHOLE_KINDS = ("vdso", "aio")  # of these all pages are stored, in whatever way the kernel keeps them
-#: Mappings of these kinds with the same line in maps and the same flags have the same entry; so have private ones of a file.
+#: Mappings of these kinds with the same line in maps and the same flags have the same entry; so have private ones of a
+#: file.
 ALIKE_KINDS = ("anon", "heap", "stack", "named", "vdso", "vvar", "vvar_vclock", "vsyscall")
 
 #: VmFlags of smaps → MADV_* of the images (fs/proc/task_mmu.c, show_smap_vma_flags)
@@ -136,7 +138,8 @@ class MemoryDumper:
             thp_disabled=bool(task.answers.get("thp_disabled", 0)),
             exe_file_id=regular.file_id_for(self.ctx, task.pid, f"/proc/{task.pid}/exe", flags=os.O_RDONLY),
         )  # fmt: skip
-        # Without the terminator, which the kernel adds: with it CRIU 4.2, which takes 44 words, refuses the 46 of Linux 6.18.
+        # Without the terminator, which the kernel adds: with it CRIU 4.2, which takes 44 words, refuses the 46 of Linux
+        # 6.18.
         words = proc_auxv.words(read(task.pid, "auxv"))
         entry.mm_saved_auxv.extend(words[:-2] if words[-2:-1] == [proc_auxv.AT_NULL] else words)
         return entry
@@ -206,7 +209,9 @@ class MemoryDumper:
         for _, view in self._read(task, runs):
             _write_all(fd, view)
 
-    def _read(self, task: SourceTask, runs: list[tuple[int, int]]) -> Iterator[tuple[list[tuple[int, int]], memoryview]]:
+    def _read(
+        self, task: SourceTask, runs: list[tuple[int, int]]
+    ) -> Iterator[tuple[list[tuple[int, int]], memoryview]]:
         """The content of the runs, in pieces: (its (address, bytes) spans, the content), valid until the next one."""
         address = kernel.writable_address(self._buffer)
         view = memoryview(self._buffer)
@@ -239,7 +244,9 @@ class MemoryDumper:
                 self.pages += count
 
     def _write_unequal(self, task: SourceTask, own: list[tuple[int, int]], image: str) -> list[tuple[int, int, int]]:
-        """Write those of a task's ``own`` pages that no earlier task has stored; all as (start, pages, pid of that task or 0)."""
+        """Write those of a task's ``own`` pages that no earlier task has stored; all as (start, pages, pid of that
+        task or 0).
+        """
         found: list[tuple[int, int, int]] = []
         chunks: list[bytes] = []
         owner_of, pid = self.sharing.owner_of, task.pid
@@ -289,7 +296,9 @@ def _is_forked(shared: list[tuple[int, int, int]]) -> bool:
 
 
 def _join_vvar(vmas: Any) -> None:
-    """Make the last entry a part of the vvar before it, as in all images: [vvar_vclock] was split off in Linux 6.13 only."""
+    """Make the last entry a part of the vvar before it, as in all images: [vvar_vclock] was split off in Linux 6.13
+    only.
+    """
     last = vmas[-1]
     if len(vmas) > 1 and vmas[-2].status & base.VMA_VVAR and vmas[-2].end == last.start:
         vmas[-2].end = last.end
@@ -299,7 +308,9 @@ def _join_vvar(vmas: Any) -> None:
 def clip(
     runs: list[tuple[int, int]], spans: list[tuple[int, int]], whole: Collection[tuple[int, int]] = ()
 ) -> list[tuple[int, int]]:
-    """The parts of ``runs`` inside ``spans`` (both ascending); spans in ``whole`` are taken whole. Neighbours are joined."""
+    """The parts of ``runs`` inside ``spans`` (both ascending); spans in ``whole`` are taken whole. Neighbours are
+    joined.
+    """
     found: list[tuple[int, int]] = []
     index = 0
     for low, high in spans:

@@ -1,8 +1,8 @@
 """In what order the processes of a tree are made, so that each has its parent, session and process group.
 
-A child inherits its session, and only a process that is not a group leader can begin a new one. So a child of another session is
-born before its parent begins its own; and leaders that are gone are stood in for by helpers that end before the tree runs.
-Pure: no kernel call is made here.
+A child inherits its session, and only a process that is not a group leader can begin a new one. So a child of another
+session is born before its parent begins its own; and leaders that are gone are stood in for by helpers that end before
+the tree runs. Pure: no kernel call is made here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Steps:
 def add_helpers(snapshot: Snapshot, shell_job: bool) -> list[RestoredTask]:
     """Put a helper into the tree for every session and process group whose leader is gone; returns them.
 
-    Helpers for a session take its members among the children of their subreaper as children of their own. Raises Unsupported
-    where the root's own session lies outside of the tree and ``shell_job`` does not allow that.
+    Helpers for a session take its members among the children of their subreaper as children of their own. Raises
+    Unsupported where the root's own session lies outside of the tree and ``shell_job`` does not allow that.
     """
     root = snapshot.root
     helpers: list[RestoredTask] = []

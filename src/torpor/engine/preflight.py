@@ -12,7 +12,7 @@ from ..proc import smaps as proc_smaps
 from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import numbers, read
-from ..resources import FileKinds, MappingKinds
+from ..resources import FileKinds, MappingKinds, cgroups
 from ..resources.base import DumpContext, MappingResource
 from ..resources.files import tty
 from . import collect
@@ -143,6 +143,10 @@ def _task_blockers(
     for kind, own in ctx.memo["own namespaces"].items():
         if os.stat(f"/proc/{pid}/ns/{kind}").st_ino != own:
             note(Unsupported(f"it has a {kind} namespace of its own", hint="namespaces are not supported yet"))
+    try:
+        cgroups.check(pid, ctx)
+    except Unsupported as error:
+        note(error)
     pidfd = os.pidfd_open(pid)
     try:
         for fd in numbers(pid, "fd"):
@@ -188,7 +192,9 @@ def _has_check(mapping: Mapping, mappings: MappingKinds) -> bool:
 
 
 def quick_mappings(pid: int) -> list[Mapping]:
-    """The mappings without their flags, which cost ten times as much; what they tell is looked at again when all stands."""
+    """The mappings without their flags, which cost ten times as much; what they tell is looked at again when all
+    stands.
+    """
     return [Mapping(vma, frozenset()) for vma in proc_maps.parse(read(pid, "maps"))]
 
 
@@ -208,7 +214,9 @@ def pidfd_borrow(ctx: DumpContext, pidfd: int, pid: int, fd: int) -> int:
 
 
 def check_frozen(tasks: dict[int, SourceTask]) -> None:
-    """Refuse what can only be seen when the tree stands still: what processes share but cannot be made to share again."""
+    """Refuse what can only be seen when the tree stands still: what processes share but cannot be made to share
+    again.
+    """
     for kind, what in (("vm", "memory"), ("sighand", "signal handlers"), ("fs", "root and working directory")):
         seen: dict[int, int] = {}
         for task in tasks.values():

@@ -61,8 +61,8 @@ class RestoreResult:
 def restore(options: Options) -> RestoreResult:
     """Make the tree of processes again that ``options.images_dir`` holds; it runs when this returns.
 
-    The root becomes a child of this process (of its parent with ``restore_sibling``). Raises TorporError; then no process,
-    file or mount of the attempt is left.
+    The root becomes a child of this process (of its parent with ``restore_sibling``). Raises TorporError; then no
+    process, file or mount of the attempt is left.
     """
     started = time.monotonic()
     with doing("restore"), Paused():
@@ -209,14 +209,17 @@ class _Restore:
                 fs.prepare(task.fs, self.ctx)
 
     def _place_arena(self, memory: restore_memory.MemoryPlan) -> None:
-        """Write all programs, then decide where they lie: the arena's address is known to them only when they are compiled."""
+        """Write all programs, then decide where they lie: the arena's address is known to them only when they are
+        compiled.
+        """
         spans = [
             (entry.start, entry.end)
             for layout in {id(task.mm): task.mm for task in self.snapshot.tasks.values() if task.alive}.values()
             for entry in layout.vmas
             if not entry.status & restore_memory.UNPLACED
         ]
-        # The programs name the arena in two records only; their sizes do not depend on it. What is not used costs nothing.
+        # The programs name the arena in two records only; their sizes do not depend on it. What is not used costs
+        # nothing.
         size = sum(map(_generous_size, self.snapshot.tasks.values())) + (1 << 20) & -4096
         for _ in range(2):
             base = plan.hole(spans, size)
@@ -389,7 +392,7 @@ class _Restore:
         program.call("rt_sigprocmask", 2, struct.pack("<Q", ALL_SIGNALS & ~(1 << (SIGTRAP - 1))), 0, 8)
         waits = list(BARRIERS) if len(thread.task.threads) > 1 else []
         for kind in self.kinds:
-            while waits and kind.ORDER >= waits[0]:
+            while waits and waits[0] <= kind.ORDER:
                 waits.pop(0)
                 self._emit_stop(pid, thread.tid, program)
             if main or kind.PER == "thread":

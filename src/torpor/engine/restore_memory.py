@@ -152,7 +152,9 @@ class MemoryPlan:
         Not so in a task whose children inherit its memory: they are born before. Nor where the descriptor for it would
         appear in other tasks.
         """
-        large = [piece for piece in pieces if piece[2] >= LARGE_BYTES and self._is_plain(layout.entry_at(piece[1]), kept)]
+        large = [
+            piece for piece in pieces if piece[2] >= LARGE_BYTES and self._is_plain(layout.entry_at(piece[1]), kept)
+        ]
         heirs = any(run.same_as == task.pid for child in task.children if child.alive for run in child.runs)
         if not large or heirs or self._shares_table(task) or not self.ctx.once("userfaultfd", userfault.possible):
             return []
@@ -203,7 +205,8 @@ class MemoryPlan:
     def _emit_mappings(
         self, layout: Layout, kept: dict[int, Message], pieces: list[Piece], program: Program
     ) -> set[int]:
-        """Make the mappings that are not ``kept``; those that get pages are writable for now, returned are their starts.
+        """Make the mappings that are not ``kept``; those that get pages are writable for now, returned are their
+        starts.
 
         The pieces that a mapping's resource brings in by itself are taken out of ``pieces``.
         """
@@ -327,10 +330,11 @@ class MemoryPlan:
         exe_fd = 0xFFFFFFFF if same_exe else self.ctx.memo["exe", mm.exe_file_id]
         area = program.put(
             struct.pack(
-                "<12QII", mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk, mm.mm_brk,
-                mm.mm_start_stack, mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end, 0, len(auxv), exe_fd,
-            )  # fmt: skip
-        )
+                "<12QII", mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk,
+                mm.mm_brk, mm.mm_start_stack, mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end, 0,
+                len(auxv), exe_fd,
+            )
+        )  # fmt: skip
         program.pointer(area, 88, program.put(auxv))
         program.call("prctl", PR_SET_MM, PR_SET_MM_MAP, area, 104, 0, why="where code, data, brk, arguments lie; exe")
 

@@ -1,7 +1,8 @@
 """Making a set that CRIU can read from one in which tasks share pages.
 
 Torpor stores a page that several tasks have in common once, with the first of them; the others name it
-(pagemap_entry.same_as). CRIU knows no such thing: here every task gets its own copy. Everything else is copied as it is.
+(pagemap_entry.same_as). CRIU knows no such thing: here every task gets its own copy. Everything else is copied as it
+is.
 """
 
 from __future__ import annotations

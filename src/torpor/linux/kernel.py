@@ -45,7 +45,9 @@ def read_memory(pid: int, address: int, length: int) -> bytes:
 
 
 def read_memory_into(pid: int, target: int, spans: Sequence[tuple[int, int]]) -> int:
-    """Read the (address, length) spans of another task one after the other to our address ``target``; returns the count."""
+    """Read the (address, length) spans of another task one after the other to our address ``target``; returns the
+    count.
+    """
     total = sum(length for _, length in spans)
     local = iovec(target, total)
     remote = (iovec * len(spans))(*(iovec(*span) for span in spans))

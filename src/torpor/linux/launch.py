@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 CLONE_VM, CLONE_PARENT = 0x100, 0x8000
 
-# clone3(args, size) and go on: the parent returns its result, the child enters the code (4th argument) with the third in
-# %r15. It never touches the stack that it shares with us.
+# clone3(args, size) and go on: the parent returns its result, the child enters the code (4th argument) with the third
+# in %r15. It never touches the stack that it shares with us.
 #   mov r10, rcx; mov eax, 435; syscall; test rax, rax; jnz 1f; mov r15, rdx; jmp r10; 1: ret
 _LAUNCH = bytes.fromhex("4989ca b8b3010000 0f05 4885c0 7506 4989d7 41ffe2 c3")
 _ALIGN = 64

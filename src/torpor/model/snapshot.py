@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 class RestoredThread:
-    """One thread: its ``tid`` in the tree's own pid namespace and its core_entry. ``live_tid`` is how we see it once it runs."""
+    """One thread: its ``tid`` in the tree's own pid namespace and its core_entry. ``live_tid`` is how we see it once
+    it runs.
+    """
 
     __slots__ = ("core", "live_tid", "task", "tid")
 

@@ -1,9 +1,9 @@
 """Running a program inside a task that is not ours, so that the task survives whatever happens to us.
 
-The code and the frame with the task's registers are written to the unused tail of the task's vDSO (a private copy of that
-page; until the registers change, nothing has happened). The program runs in an arena that the task maps for itself and
-unmaps again. If the tracer dies at any instant, each stop becomes a signal that the task ignores, an unwritten program is
-an empty one, and the code gives back memory, signal mask and registers by itself (machine.S).
+The code and the frame with the task's registers are written to the unused tail of the task's vDSO (a private copy of
+that page; until the registers change, nothing has happened). The program runs in an arena that the task maps for itself
+and unmaps again. If the tracer dies at any instant, each stop becomes a signal that the task ignores, an unwritten
+program is an empty one, and the code gives back memory, signal mask and registers by itself (machine.S).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Guest:
     def __init__(
         self, pid: int, vpid: int, mem_fd: int, rooms: Sequence[int], signals_in_use: int, seized: Seized
     ) -> None:
-        """``vpid`` is the pid as the task itself sees it, ``mem_fd`` is /proc/PID/mem, ``rooms`` the ends of mappings of
-        code in whose last page there may be room, the best first; ``signals_in_use`` a mask of the signals that are
+        """``vpid`` is the pid as the task itself sees it, ``mem_fd`` is /proc/PID/mem, ``rooms`` the ends of mappings
+        of code in whose last page there may be room, the best first; ``signals_in_use`` a mask of the signals that are
         caught or pending. Raises Unsupported when there is no room.
         """
         self.pid = pid
@@ -79,7 +79,8 @@ class Guest:
         )
 
     def run(self, tid: int, vtid: int, program: Program, regs: user_regs_struct, sigmask: int) -> Run:
-        """Run ``program`` in the stopped thread ``tid``; afterwards it is stopped as before, with ``regs`` and ``sigmask``.
+        """Run ``program`` in the stopped thread ``tid``; afterwards it is stopped as before, with ``regs`` and
+        ``sigmask``.
 
         Raises TaskGone if it dies on the way. After any other error the thread is left to find its way back by itself
         when it is let go.
@@ -89,8 +90,8 @@ class Guest:
         start = regs.copy()
         start.ip, start.orig_ax = self.code, ALL_SIGNALS
         self.unclean = True
-        # In this order, and at the end in the opposite one: without us the code blocks signals itself and gives the mask
-        # back, whereas a mask that was changed before would stay changed.
+        # In this order, and at the end in the opposite one: without us the code blocks signals itself and gives the
+        # mask back, whereas a mask that was changed before would stay changed.
         ptrace.set_regs(tid, start)
         ptrace.set_sigmask(tid, self._blocked)
         self._resume(tid)

@@ -134,8 +134,9 @@ class Program:
         """Append the system call ``name``.
 
         ``bytes`` arguments are placed beside the program and passed by address. ``may_fail`` lists errnos (< 64)
-        after which the program goes on. ``child``: the program that the child of a clone goes on with. ``transfer``: a call of the form
-        (fd, buffer, count, offset), repeated until all of count has moved. Returns a reference to the result.
+        after which the program goes on. ``child``: the program that the child of a clone goes on with. ``transfer``: a
+        call of the form (fd, buffer, count, offset), repeated until all of count has moved. Returns a reference to the
+        result.
         """
         number = NR.get(name)
         assert number is not None, f"no system call {name}"
@@ -158,7 +159,9 @@ class Program:
         return Ref(index)
 
     def _placed(self, args: tuple[object, ...], index: int) -> tuple[object, ...]:
-        """Arguments with bytes placed beside the program, and with the sources of results told where they are wanted."""
+        """Arguments with bytes placed beside the program, and with the sources of results told where they are
+        wanted.
+        """
         placed = tuple(self.put(arg) if isinstance(arg, bytes) else arg for arg in args)
         for position, arg in enumerate(placed):
             if isinstance(arg, Ref):

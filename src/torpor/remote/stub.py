@@ -1,8 +1,8 @@
 """The bare process that a task is made from: cloned with the pid wanted, running nothing but the machine.
 
-The first one of a tree is cloned here and executes a tiny ELF file made on the spot; all others are forked by their parents'
-programs. Everything that they run lies in one memory file, the arena, which is mapped into all of them at the same address
-and into this process, so that programs and results are plain memory to both sides.
+The first one of a tree is cloned here and executes a tiny ELF file made on the spot; all others are forked by their
+parents' programs. Everything that they run lies in one memory file, the arena, which is mapped into all of them at the
+same address and into this process, so that programs and results are plain memory to both sides.
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ def launch(
     """Clone and start the first stub; returns (its pid as we see it, the address of the arena's code).
 
     ``set_tid`` are the pids it must have, innermost namespace first; ``keep`` the descriptors that it keeps in spite of
-    their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what /proc/self/timens_offsets is to hold in a time
-    namespace of its own, ``loginuid`` what /proc/self/loginuid is to. It is traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is taken).
+    their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what
+    /proc/self/timens_offsets is to hold in a time namespace of its own, ``loginuid`` what /proc/self/loginuid is to. It
+    is traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is
+    taken).
     """
     bootstrap = Program("bootstrap of the stub")
     bootstrap.call("mmap", arena.base, PAGE, 5, 0x100001, arena.fd, 0, why="code of the arena")
@@ -217,7 +219,9 @@ def _await_exec(pid: int) -> None:
         if stop.event == ptrace.EVENT_EXEC:
             return
         if stop.event == 0 and stop.signal == signal.SIGTRAP:
-            raise Unsupported("the first stub could not be started", hint="is memfd execution allowed (vm.memfd_noexec)?")
+            raise Unsupported(
+                "the first stub could not be started", hint="is memfd execution allowed (vm.memfd_noexec)?"
+            )
         ptrace.resume(pid, stop.signal if stop.event == 0 else 0)
 
 

@@ -54,7 +54,9 @@ def wait_stop(tid: int) -> Stop:
 
 
 def wait_stop_for(tid: int, timeout_s: float) -> Stop:
-    """As :func:`wait_stop`, for a task that may sit in an uninterruptible state: raises Unsupported after ``timeout_s``."""
+    """As :func:`wait_stop`, for a task that may sit in an uninterruptible state: raises Unsupported after
+    ``timeout_s``.
+    """
     for _ in range(200):
         stop = _wait(tid, os.WNOHANG)
         if stop is not None:

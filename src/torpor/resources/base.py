@@ -11,8 +11,8 @@ import os
 
 from ..errors import Unsupported
 from ..linux.kernel import pidfd_getfd
-from ..undo import Undo
 from ..proc.fdinfo import parse as parse_fdinfo
+from ..undo import Undo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ class FileResource:
         """Raise Unsupported when it cannot be dumped. Runs before anything is frozen; must not change anything."""
 
     def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
-        """The entry for the images. The task is stopped. ``id``, ``flags`` and ``fown`` come from ``source``/``ctx``."""
+        """The entry for the images. The task is stopped. ``id``, ``flags`` and ``fown`` come from
+        ``source``/``ctx``.
+        """
         raise NotImplementedError
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
@@ -165,7 +167,9 @@ class MappingResource:
         """Raise Unsupported when it cannot be dumped; nothing is frozen yet."""
 
     def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
-        """Complete ``entry`` (a vma_entry whose start, end, pgoff, prot, flags and madv are set): status, shmid, ...."""
+        """Complete ``entry`` (a vma_entry whose start, end, pgoff, prot, flags and madv are set): status, shmid,
+        ....
+        """
         raise NotImplementedError
 
     def restores(self, entry: Message) -> bool:
@@ -259,7 +263,9 @@ class BuildContext:
         self.inherited: dict[str, int] = {}
 
     def keep(self, fd: int) -> int:
-        """Take over a descriptor that tasks will need: it is moved out of the way of theirs and lasts until they run."""
+        """Take over a descriptor that tasks will need: it is moved out of the way of theirs and lasts until they
+        run.
+        """
         import fcntl
 
         if self.gaps is None:

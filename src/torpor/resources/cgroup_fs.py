@@ -44,7 +44,8 @@ V1_PROPERTIES = {
 }
 V1_GENERAL = "cgroup.clone_children notify_on_release cgroup.procs tasks"
 V2_GENERAL = (
-    "cgroup.subtree_control cgroup.max.descendants cgroup.max.depth cgroup.freeze cgroup.type cgroup.procs cgroup.threads"
+    "cgroup.subtree_control cgroup.max.descendants cgroup.max.depth cgroup.freeze cgroup.type cgroup.procs "
+    "cgroup.threads"
 )
 #: Of version 2, stored where they are not what a new group has. CRIU stores none of these, and restores them.
 V2_PROPERTIES = {
@@ -222,6 +223,13 @@ def exists(group: int, name: str | bytes) -> bool:
 def put_permissions(perms: Message, stat: os.stat_result) -> None:
     """Fill in a cgroup_perms."""
     perms.mode, perms.uid, perms.gid = stat.st_mode, stat.st_uid, stat.st_gid
+
+
+def is_frozen(group: int, name: str) -> bool:
+    """Is a group frozen, or one that it is in? ``name`` is that of its hierarchy."""
+    file = "freezer.state" if name else "cgroup.events"
+    state = read_file(group, file) if exists(group, file) else ""
+    return state in ("FROZEN", "FREEZING") or "frozen 1" in state.splitlines()
 
 
 def refuse_outside(name: str, path: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ..errors import doing
+from ..errors import Unsupported, doing
 from ..images import schema as pb
 from ..proc.read import read
 from . import cgroup_fs as fs
@@ -44,6 +44,36 @@ class _Sets:
                 self.sets.append(groups)
             known = self.numbers[text] = self.sets.index(groups) + 1
         return known
+
+
+def check(pid: int, ctx: DumpContext) -> None:
+    """Raise Unsupported for a frozen task: it cannot run the few calls that a dump needs of it."""
+    own = ctx.memo.setdefault("own control groups", read(os.getpid(), "cgroup"))
+    text = read(pid, "cgroup")
+    if text == own:
+        return  # we run there, so it is not frozen
+    seen = ctx.memo.setdefault("frozen control groups", {})
+    if text not in seen:
+        seen[text] = _frozen(fs.groups_of(text), ctx.options)
+    if seen[text]:
+        raise Unsupported(f"its control group `{seen[text]}` is frozen", hint="thaw it first")
+
+
+def _frozen(groups: dict[str, bytes], options: Any) -> str:
+    """The one of a task's groups that is frozen; empty if none is."""
+    hierarchies = fs.Hierarchies(options)
+    try:
+        for name, path in groups.items():
+            if path != b"/" and not path.startswith(b"/..") and (not name or "freezer" in name.split(",")):
+                group = fs.open_group(hierarchies.root(name), path)
+                try:
+                    if fs.is_frozen(group, name):
+                        return f"{name}:{path.decode(errors='replace')}"
+                finally:
+                    os.close(group)
+        return ""
+    finally:
+        hierarchies.close()
 
 
 def dump_thread(thread: Any, core: Message, ctx: DumpContext) -> None:

@@ -17,6 +17,7 @@ from . import cgroup_fs as fs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from ..images.schema import Message
@@ -116,8 +117,7 @@ class Groups:
         """
         self.hierarchies.close()
         deadline = time.monotonic() + REMOVAL_S
-        while name in fs.own_groups() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        while not _within(REMOVAL_S / 5, lambda: name not in fs.own_groups()) and time.monotonic() < deadline:
             self.hierarchies.root(name)
             self.hierarchies.close()
 
@@ -330,7 +330,8 @@ class Groups:
             raise Unsupported("it does not exist", hint="--manage-cgroups=ignore does without it") from None
         try:
             if (name, path) not in self._checked:
-                _refuse_frozen(group, name)
+                if fs.is_frozen(group, name):  # a stub would not run there
+                    raise Unsupported("it is frozen", hint="thaw it first")
                 self._checked.add((name, path))
             file = "cgroup.procs" if whole else "tasks" if name else "cgroup.threads"
             fs.write_file(group, file, str(pid))
@@ -520,23 +521,27 @@ def _write_priorities(group: int, file: str, now: str, value: str) -> None:
             fs.write_file(group, file, line)
 
 
-def _refuse_frozen(group: int, name: str) -> None:
-    """A stub would not run in a frozen group."""
-    file = "freezer.state" if name else "cgroup.events"
-    state = fs.read_file(group, file) if fs.exists(group, file) else ""
-    if state in ("FROZEN", "FREEZING") or "frozen 1" in state.splitlines():
-        raise Unsupported("it is frozen", hint="thaw it first")
-
-
 def _remove(root: int, path: bytes) -> None:
-    deadline = time.monotonic() + REMOVAL_S
-    while True:
+    def removed() -> bool:
         try:
             os.rmdir(path.lstrip(b"/"), dir_fd=root)
-            return
         except FileNotFoundError:
-            return
+            pass
         except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+            if error.errno != errno.EBUSY:
                 raise
-            time.sleep(0.005)
+            return False
+        return True
+
+    if not _within(REMOVAL_S, removed):
+        raise Unsupported(f"control group {path.decode(errors='replace')} is still busy")
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Does it come true within that time?"""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True

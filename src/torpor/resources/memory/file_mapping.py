@@ -1,7 +1,7 @@
 """Mapped files, private and shared, deleted ones included.
 
-Image: vma_entry with FILE_PRIVATE or FILE_SHARED; ``shmid`` is the id of the file's entry, ``fdflags`` how it was opened.
-Kernel: mm/mmap.c, fs/proc/base.c (map_files)
+Image: vma_entry with FILE_PRIVATE or FILE_SHARED; ``shmid`` is the id of the file's entry, ``fdflags`` how it was
+opened. Kernel: mm/mmap.c, fs/proc/base.c (map_files)
 """
 
 from __future__ import annotations

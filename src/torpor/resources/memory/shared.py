@@ -1,7 +1,8 @@
 """Shared anonymous memory, and mapped memfds: the same thing to the kernel, a file in memory without a path.
 
-Image: vma_entry with FILE_SHARED or FILE_PRIVATE and MEMFD; ``shmid`` is the id of a memfd entry in files.img, whose inode is
-called ``/dev/zero`` for memory that mmap(2) shared. The content is the inode's, see files/memfd.py. Kernel: mm/shmem.c
+Image: vma_entry with FILE_SHARED or FILE_PRIVATE and MEMFD; ``shmid`` is the id of a memfd entry in files.img, whose
+inode is called ``/dev/zero`` for memory that mmap(2) shared. The content is the inode's, see files/memfd.py. Kernel:
+mm/shmem.c
 """
 
 from __future__ import annotations

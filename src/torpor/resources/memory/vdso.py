@@ -1,7 +1,7 @@
 """The vDSO and its data pages, which the kernel maps into every task.
 
-They cannot be made by mmap(2): the stub's own are unmapped and arch_prctl(ARCH_MAP_VDSO_64) maps new ones at the address
-where the task had them: vvar first, the code behind it. Kernel: arch/x86/entry/vdso/vma.c
+They cannot be made by mmap(2): the stub's own are unmapped and arch_prctl(ARCH_MAP_VDSO_64) maps new ones at the
+address where the task had them: vvar first, the code behind it. Kernel: arch/x86/entry/vdso/vma.c
 
 Image: vma_entry with VDSO or VVAR; the vDSO's pages are stored, so that a kernel with another vDSO is noticed.
 """
