@@ -29,8 +29,7 @@ VERBS_NOT_YET = frozenset((
     "cpuinfo check",
 ))  # fmt: skip
 OPTIONS_NOT_YET = frozenset((
-    "action_script", "auto_dedup", "cgroup_props", "cgroup_props_file",
-    "empty_ns", "freeze_cgroup", "join_ns", "lazy_pages",
+    "action_script", "auto_dedup", "empty_ns", "freeze_cgroup", "join_ns", "lazy_pages",
     "lsm_mount_context", "lsm_profile", "page_server", "prev_images_dir", "restore leave_stopped",
     "stream", "tls", "track_mem",
 ))  # fmt: skip

@@ -1,4 +1,7 @@
-"""Asks the C compiler what the kernel's own headers say: values, sizes and offsets."""
+"""Asks the C compiler what the kernel's own headers say: values, sizes and offsets.
+
+The C library is asked for what they leave to it: families, types and flags of sockets.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from collections.abc import Iterable
 # All may be missing or lack something: headers are as old as the distribution.
 HEADERS = """
     linux/version.h asm/unistd.h linux/types.h linux/auxvec.h linux/aio_abi.h linux/audit.h
-    linux/bpf.h linux/capability.h linux/elf.h linux/eventfd.h linux/eventpoll.h linux/fanotify.h
-    linux/fcntl.h linux/filter.h linux/fs.h linux/futex.h linux/if_packet.h linux/if_tun.h
+    linux/bpf.h linux/btf.h linux/capability.h linux/elf.h linux/eventfd.h linux/eventpoll.h
+    linux/fanotify.h linux/fcntl.h linux/filter.h linux/fs.h linux/futex.h linux/if_packet.h linux/if_tun.h
     linux/in.h linux/inet_diag.h linux/inotify.h linux/io_uring.h linux/ipc.h linux/kcmp.h
     linux/landlock.h linux/loop.h linux/magic.h linux/membarrier.h linux/memfd.h linux/mempolicy.h
     linux/mman.h linux/mount.h linux/mqueue.h linux/msg.h linux/netlink.h linux/netlink_diag.h
@@ -30,18 +33,26 @@ HEADERS = """
 PREAMBLE = "".join(
     f"#if __has_include(<{header}>)\n#include <{header}>\n#endif\n" for header in HEADERS
 ) + ("#include <stddef.h>\n#include <sys/user.h>\nint printf(const char *, ...);\n")
+# The kernel does not export include/linux/socket.h. Apart, as the two do not go together.
+LIBRARY = "#define _GNU_SOURCE\n#include <stdio.h>\n#include <sys/socket.h>\n"
 
 COMPILER = ["cc", "-w", "-std=gnu11", "-x", "c", "-fmax-errors=0", "-fno-diagnostics-show-caret"]
 _UNKNOWN = re.compile(r"<stdin>:(\d+):\d+: error: ")
 
 
 def values(expressions: Iterable[str]) -> dict[str, int]:
-    """Evaluate C expressions; those that the headers do not know are left out. At most 64 bits."""
+    """Evaluate C expressions; those that no header knows are left out. At most 64 bits.
+
+    The C library has a say only in what the kernel's headers do not know.
+    """
+    found: dict[str, int] = {}
     wanted = sorted(set(expressions))
-    known = _compiling(wanted)
-    body = "".join(f'printf("%llu\\n", (unsigned long long)({one}));\n' for one in known)
-    lines = _run(f"{PREAMBLE}int main(void) {{\n{body}return 0;\n}}\n")
-    return dict(zip(known, map(int, lines), strict=True))
+    for preamble in (PREAMBLE, LIBRARY):
+        known = _compiling(preamble, [one for one in wanted if one not in found])
+        body = "".join(f'printf("%llu\\n", (unsigned long long)({one}));\n' for one in known)
+        lines = _run(f"{preamble}int main(void) {{\n{body}return 0;\n}}\n")
+        found.update(zip(known, map(int, lines), strict=True))
+    return found
 
 
 def macros(source: str, *options: str) -> dict[str, str]:
@@ -56,13 +67,13 @@ def macros(source: str, *options: str) -> dict[str, str]:
     return {line[1]: line[2] for line in lines if len(line) == 3}
 
 
-def _compiling(expressions: list[str]) -> list[str]:
+def _compiling(preamble: str, expressions: list[str]) -> list[str]:
     """Those of the expressions that compile; one line of source each, told apart by its number."""
-    source = PREAMBLE + "".join(
+    source = preamble + "".join(
         f"unsigned long long f{number}(void) {{ return (unsigned long long)({one}); }}\n"
         for number, one in enumerate(expressions)
     )
-    first = PREAMBLE.count("\n") + 1
+    first = preamble.count("\n") + 1
     done = subprocess.run(
         [*COMPILER, "-fsyntax-only", "-"], input=source.encode(), capture_output=True, check=False
     )

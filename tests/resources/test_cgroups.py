@@ -55,7 +55,7 @@ class Place:
         self.top = f"/{NAME}"
         os.mkdir(self.mount)
         self.open()
-        os.mkdir(self.path(self.top))
+        os.makedirs(self.path(self.top), exist_ok=True)
 
     def open(self) -> None:
         kind = "cgroup" if self.name else "cgroup2"
@@ -447,6 +447,47 @@ def test_only_chosen_controllers(start: Targets, places: Places, library: Librar
     library.restore(images)
     assert named.of(target.pid) == f"{named.top}/group"
     assert unified.of(target.pid) == unified.of(os.getpid())
+
+
+PROPS = """"pids":
+ - "strategy": "replace"
+ - "properties": []
+"freezer":
+ - "strategy": "merge"
+ - "properties": ["freezer.self_freezing", "freezer.nothing"]
+"""
+
+
+@pytest.mark.parametrize("option", ["cgroup_props", "cgroup_props_file"])
+def test_chosen_properties(
+    start: Targets, places: Places, library: Library, images: str, tmp_path: object, option: str
+) -> None:
+    pids, freezer = places("pids"), places("freezer")
+    target = sleeper(start)
+    for place in (pids, freezer):
+        place.write(place.make("group"), "cgroup.procs", target.pid)
+    pids.write(f"{pids.top}/group", "pids.max", 7)
+    if option == "cgroup_props_file":
+        with open(f"{tmp_path}/props", "w") as file:
+            file.write(PROPS)
+    dumped(library, target, images, **{option: PROPS if option == "cgroup_props" else f"{tmp_path}/props"})
+    stored = {
+        controller.cnames[0]: {prop.name for prop in controller.dirs[0].properties}
+        for controller in entry_of(images).controllers
+    }
+    assert "freezer.self_freezing" in stored["freezer"] and "freezer.nothing" not in stored["freezer"]
+    assert "tasks" in stored["pids"] and "pids.max" not in stored["pids"]
+
+
+@pytest.mark.parametrize(
+    "text", ["pids", '"pids":\n - "strategy": "other"', '"pids":\n - "properties": []', '- "strategy": "merge"',
+             '"pids":\n - "strategy": "merge"\n - "properties": ["../x"]'],
+)  # fmt: skip
+def test_properties_that_cannot_be_read(start: Targets, library: Library, images: str, text: str) -> None:
+    target = sleeper(start)
+    with pytest.raises(UsageError, match="--cgroup-props: cannot read"):
+        library.dump(target.pid, images, cgroup_props=text)
+    assert target.alive()
 
 
 def test_hierarchies_are_looked_for_in_the_yard(

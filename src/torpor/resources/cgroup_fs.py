@@ -191,12 +191,58 @@ def write_file(group: int, name: str, text: str) -> None:
         os.close(fd)
 
 
-def property_names(name: str) -> list[str]:
-    """The files that set up groups of a hierarchy, in order."""
-    if name == UNIFIED:
-        return V2_GENERAL.split() + list(V2_PROPERTIES)
-    known = " ".join(V1_PROPERTIES.get(controller, "") for controller in name.split(","))
-    return known.split() + V1_GENERAL.split()
+def property_names(name: str, known: dict[str, list[str]]) -> list[str]:
+    """The files that set up groups of a hierarchy, in order; ``known`` are those of each controller, "" version 2's."""
+    own = [file for controller in name.split(",") for file in known.get(controller, ())]
+    return V2_GENERAL.split() + own if name == UNIFIED else own + V1_GENERAL.split()
+
+
+def known_properties(options: Any) -> dict[str, list[str]]:
+    """The properties of each controller, with what --cgroup-props and --cgroup-props-file say. Raises UsageError."""
+    known = {controller: files.split() for controller, files in V1_PROPERTIES.items()}
+    known[UNIFIED] = list(V2_PROPERTIES)
+    if options.cgroup_props:
+        _add_properties(known, options.cgroup_props, "--cgroup-props")
+    if options.cgroup_props_file:
+        place = os.path.join(options.work_dir or options.images_dir, options.cgroup_props_file)
+        try:
+            with open(place) as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--cgroup-props-file: `{place}`: {error}") from None
+        _add_properties(known, text, "--cgroup-props-file")
+    return known
+
+
+def _add_properties(known: dict[str, list[str]], text: str, option: str) -> None:
+    """Three lines a controller, all names in quotes: ``"cpu":``, ``- "strategy": "merge"`` (or "replace"),
+    ``- "properties": ["cpu.shares", …]``.
+    """
+    import json
+
+    controller, strategy = "", ""
+    for line in text.splitlines():
+        words = line.strip()
+        key, colon, rest = words.removeprefix("-").strip().partition('":')
+        try:
+            name, value = json.loads(key + '"'), json.loads(rest) if rest.strip() else None
+        except ValueError:
+            name, value = "", None
+        if not words:
+            continue
+        if colon and name and value is None and words[0] != "-":
+            controller, strategy = name, ""
+        elif controller and name == "strategy" and value in ("merge", "replace"):
+            strategy = value
+        elif strategy and name == "properties" and _are_files(value):
+            known[controller] = [*(known.get(controller, ()) if strategy == "merge" else ()), *(value or ())]
+            controller = ""
+        else:
+            raise UsageError(f"{option}: cannot read `{words}`")
+
+
+def _are_files(names: object) -> bool:
+    return isinstance(names, list) and all(isinstance(one, str) and one and "/" not in one for one in names)
 
 
 def value_of(group: int, name: str) -> str:

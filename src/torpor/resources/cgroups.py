@@ -30,6 +30,7 @@ class _Sets:
 
     def __init__(self, options: Any) -> None:
         self.options = options
+        self.properties = fs.known_properties(options)
         self.own = read(os.getpid(), "cgroup")
         self.numbers: dict[bytes, int] = {}
         self.sets: list[dict[str, bytes]] = []  # set n is at n - 1
@@ -47,8 +48,14 @@ class _Sets:
 
 
 def check(pid: int, ctx: DumpContext) -> None:
-    """Raise Unsupported for a frozen task: it cannot run the few calls that a dump needs of it."""
-    own = ctx.memo.setdefault("own control groups", read(os.getpid(), "cgroup"))
+    """Raise Unsupported for a frozen task: it cannot run the few calls that a dump needs of it.
+
+    And UsageError for options that cannot be read.
+    """
+    own = ctx.memo.get("own control groups")
+    if own is None:
+        fs.known_properties(ctx.options)
+        own = ctx.memo["own control groups"] = read(os.getpid(), "cgroup")
     text = read(pid, "cgroup")
     if text == own:
         return  # we run there, so it is not frozen
@@ -136,7 +143,8 @@ def _put_hierarchy(entry: Message, name: str, sets: _Sets, hierarchies: fs.Hiera
         try:
             # Groups below ours or below an ancestor of ours are, for the most part, not the tree's.
             deep = path == top or not fs.is_below(own, path)
-            controller.is_threaded |= _put_group(head, group, name, deep=deep)
+            names = fs.property_names(name, sets.properties)
+            controller.is_threaded |= _put_group(head, group, names, deep=deep)
         finally:
             os.close(group)
 
@@ -150,16 +158,19 @@ def _given_root(name: str, options: Any) -> bytes:
     return b"/" + os.fsencode(chosen).strip(b"/") if chosen else b""
 
 
-def _put_group(entry: Message, group: int, name: str, *, deep: bool) -> bool:
-    """Fill in a cgroup_dir_entry but its name, with the groups below it if ``deep``; is any for threads?"""
+def _put_group(entry: Message, group: int, names: list[str], *, deep: bool) -> bool:
+    """Fill in a cgroup_dir_entry but its name: the properties ``names``, the groups below it if ``deep``.
+
+    Returns whether any is for threads.
+    """
     fs.put_permissions(entry.dir_perms, os.fstat(group))
     threaded = False
-    for prop in fs.property_names(name):
+    for prop in names:
         try:
             value = fs.value_of(group, prop)
         except KeyError:
             continue  # this kernel does not have it
-        if name == fs.UNIFIED and value == fs.V2_PROPERTIES.get(prop):
+        if "tasks" not in names and value == fs.V2_PROPERTIES.get(prop):
             continue
         stat = os.stat(prop, dir_fd=group)
         if prop == "cgroup.threads" and (stat.st_uid, stat.st_gid, stat.st_mode & 0o7777) == (0, 0, 0o644):
@@ -168,11 +179,11 @@ def _put_group(entry: Message, group: int, name: str, *, deep: bool) -> bool:
         fs.put_permissions(entry.properties.add(name=prop, value=value).perms, stat)
     if deep:
         for below in sorted(one.name for one in os.scandir(group) if one.is_dir(follow_symlinks=False)):
-            threaded |= _put_below(entry, group, os.fsencode(below), name)
+            threaded |= _put_below(entry, group, os.fsencode(below), names)
     return threaded
 
 
-def _put_below(entry: Message, group: int, below: bytes, name: str) -> bool:
+def _put_below(entry: Message, group: int, below: bytes, names: list[str]) -> bool:
     try:
         fd = os.open(below, fs.DIRECTORY, dir_fd=group)
     except FileNotFoundError:  # removed by somebody just now
@@ -180,7 +191,7 @@ def _put_below(entry: Message, group: int, below: bytes, name: str) -> bool:
     try:
         child = entry.children.add()
         pb.put_bytes(child, "dir_name", below)
-        return _put_group(child, fd, name, deep=True)
+        return _put_group(child, fd, names, deep=True)
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.ENOENT):
             raise

@@ -259,7 +259,7 @@ class Groups:
                 self._enable(name, _parent(path), controller)
         if fs.exists(group, file):
             return True
-        raise Unsupported(f"this kernel has no {file}", hint="--manage-cgroups=none accepts groups as they are")
+        raise Unsupported(f"this kernel has no {file}", hint="--manage-cgroups=ignore restores without groups")
 
     def _enable(self, name: str, path: bytes, controller: str) -> None:
         """Have a controller of version 2 for the groups below ``path``; groups that were there stay as they are."""
