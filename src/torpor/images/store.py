@@ -1,8 +1,7 @@
 """An image set in a directory: reading one, writing one.
 
-The frame is CRIU's: magics, then for each message its length in four bytes (little endian), the
-message, and in some images a payload. Images are named as in :mod:`torpor.images.magic`, without
-``.img``.
+The frame is CRIU's: magics, then for each message its length in four bytes (little endian), the message, and in some
+images a payload. Images are named as in :mod:`torpor.images.magic`, without ``.img``.
 
 A set is written beside whatever the directory holds and put in place at the end, so that a dump
 that fails leaves the directory as it was.
@@ -429,9 +428,7 @@ class ImageReader:
             known[content] = self.read_one(name)
         return known[content]
 
-    def iter_with_payload(
-        self, name: str, *, required: bool = False
-    ) -> Iterator[tuple[Any, bytes]]:
+    def iter_with_payload(self, name: str, *, required: bool = False) -> Iterator[tuple[Any, bytes]]:
         """Each message of an image with the bytes that follow it (``b""`` if it has none)."""
         source = self._source(name, required)
         if source is None:

@@ -12,6 +12,7 @@ import mmap
 import os
 import signal
 import struct
+import time
 
 from ..errors import KernelError, TaskGone, Unsupported
 from ..linux import kernel, ptrace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 AT_EMPTY_PATH = 0x1000
+KILL_TIMEOUT_S = 10.0  # only an uninterruptible wait can take that long
 F_SETFD = 2
 PR_SET_CHILD_SUBREAPER = 36
 CLONE_NEWTIME = 0x80
@@ -244,21 +246,24 @@ def start(pid: int, arena: Arena, program: Program) -> None:
 
 
 def kill(pids: Sequence[int]) -> None:
-    """Kill stubs and take their exits, children first.
+    """Kill stubs and take their exits. ``pids`` may hold threads as well.
 
     A thread that was born a moment ago is our tracee too, without our having heard of it: while it is not reaped its
-    process does not end.
+    process does not end. So all threads are looked for, and waited for in whatever order they end.
     """
+    waiting = set(pids)
     for pid in reversed(pids):
+        waiting.update(_threads(pid))
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    for pid in reversed(pids):
-        for tid in _threads(pid):
-            if tid != pid:
-                _await_end(tid)
-        _await_end(pid)
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while waiting and time.monotonic() < deadline:
+        ended = {tid for tid in waiting if _has_ended(tid)}
+        waiting -= ended
+        if not ended:
+            time.sleep(0.0005)
 
 
 def _threads(pid: int) -> list[int]:
@@ -268,14 +273,13 @@ def _threads(pid: int) -> list[int]:
         return []
 
 
-def _await_end(tid: int) -> None:
+def _has_ended(tid: int) -> bool:
+    """Has it ended, and been reaped by this, or is it no child or tracee of ours any more?"""
     try:
-        while True:
-            _, status = ptrace.wait(tid)
-            if not os.WIFSTOPPED(status):
-                return
+        pid, status = ptrace.wait(tid, os.WNOHANG)
     except ChildProcessError:
-        return  # not a child or tracee of ours any more
+        return True
+    return pid != 0 and not os.WIFSTOPPED(status)
 
 
 def become_subreaper() -> bool:

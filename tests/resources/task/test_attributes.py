@@ -100,6 +100,21 @@ def test_process_attributes(subreaper: bool, registered: set[int]) -> None:
         assert dump(pid, process_prctls.RESOURCE).core == first
 
 
+@pytest.mark.parametrize("registered", [set(), {4}, {6}, {8}, {4, 8}])
+def test_registrations_of_private_barriers_show_where_the_kernel_does_not_tell(
+    registered: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_prctls, "MEMBARRIER_CMD_GET_REGISTRATIONS", 1 << 20)
+
+    def setup() -> None:
+        for bit in registered:
+            syscall(324, 1 << bit, 0, 0)
+
+    with child(setup) as pid:
+        first = dump(pid, process_prctls.RESOURCE).core
+    assert first.tc.membarrier_registration_mask == sum(1 << bit for bit in registered)
+
+
 @pytest.mark.parametrize("value", [0, 1, 3])
 def test_mdwe(value: int) -> None:
     with child(lambda: prctl(65, value) if value else None) as pid:
