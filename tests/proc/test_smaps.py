@@ -109,3 +109,10 @@ def test_live() -> None:
     ]
     now = {vma.start for vma in maps.parse(read.read(os.getpid(), "maps"))}
     assert start in now
+
+
+def test_protection_keys() -> None:
+    block = b"1000-2000 rw-p 00000000 00:00 0 \nSize: 4 kB\nProtectionKey:         %d\nVmFlags: rd wr \n"
+    assert smaps.protection_keys(block % 0) == set()
+    assert smaps.protection_keys(block % 0 + block % 3 + block % 0) == {3}
+    assert smaps.protection_keys(b"") == set()

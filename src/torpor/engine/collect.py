@@ -158,6 +158,8 @@ def _thread(task: SourceTask, tid: int, seized: Seized) -> SourceThread:
 def read_mappings(task: SourceTask, known: dict[object, Any]) -> None:
     """Fill in ``task.mappings``; tasks with the same ones get the same list, by way of ``known``."""
     text, figures = read(task.pid, "maps"), read(task.pid, "smaps")
+    if proc_smaps.protection_keys(figures):
+        raise Unsupported("it has memory under protection keys (pkey_mprotect)", hint="they would be lost")
     key = text, *proc_smaps.raw_flags(figures)
     found = known.get(key)
     if found is None:

@@ -153,9 +153,7 @@ class Conductor:
         for task in tasks:
             if task.alive:
                 for kind in kinds:
-                    outside = getattr(kind, "outside", None)
-                    if outside is not None:
-                        outside(task, task.core, self.ctx)
+                    kind.outside(task, task.core, self.ctx)
         for task in tasks:
             if task.helper:
                 self._until_end(task.pid)

@@ -102,6 +102,7 @@ class _Restore:
         self.options = options
         self.undo = Undo()  # taken back in any case: what only the making needs
         self.programs: dict[int, Program] = {}
+        self.settled: set[int] = set()  # files that some task's program has seen to
         self.snapshot = Snapshot()
         self.arena: stub.Arena | None = None
         self.root_pid = 0
@@ -159,13 +160,11 @@ class _Restore:
             for thread in task.threads if task.alive else ():
                 cpu.check(thread.core, thread.image)
                 for kind in self.kinds:
-                    check = getattr(kind, "check", None)
-                    if check is not None:
-                        with doing(f"task {thread.tid}"):
-                            try:
-                                check(thread.core, self.ctx)
-                            except ImageError as error:
-                                raise _in_image(error, thread.image) from None
+                    with doing(f"task {thread.tid}"):
+                        try:
+                            kind.check(thread.core, self.ctx)
+                        except ImageError as error:
+                            raise _in_image(error, thread.image) from None
         conduct.check_vdso(self.snapshot)
 
     def _raise_fd_limit(self) -> None:
@@ -224,6 +223,7 @@ class _Restore:
         for _ in range(2):
             base = plan.hole(spans, size)
             self.programs = {}
+            self.settled.clear()
             memory.reads.clear()
             memory.fills.clear()
             self.placeholder = _Place(base, size)
@@ -297,7 +297,7 @@ class _Restore:
         self._emit_stop(task.pid, task.pid, program)
         if task.zombie:
             self._emit_join_group(task, program)
-            program.call("prctl", 15, schema_bytes(task.core.tc.comm) + b"\0", why="name")
+            program.call("prctl", 15, pb.get_bytes(task.core.tc.comm) + b"\0", why="name")
             program.call("setrlimit", 4, struct.pack("<QQ", 0, 0), why="no core dump")
             status = task.core.tc.exit_code
             if status & 0x7F:
@@ -402,15 +402,14 @@ class _Restore:
         self._emit_stop(pid, thread.tid, program)
 
     def _emit_settle(self, task: RestoredTask, program: Program) -> None:
-        settled = self.ctx.memo.setdefault(("settled", id(self.programs)), set())
         for fd, file_id, _ in task.fds:
             resource, entry = self.ctx.files[file_id]
             resource.settle_each(entry, fd, task, program, self.ctx)
         for fd, file_id in [*((fd, file_id) for fd, file_id, _ in task.fds), *self._in_flight(task)]:
             resource, entry = self.ctx.files[file_id]
-            if file_id in settled:
+            if file_id in self.settled:
                 continue
-            settled.add(file_id)
+            self.settled.add(file_id)
             resource.settle(entry, fd, program, self.ctx)
             fown = entry.fown if "fown" in entry.DESCRIPTOR.fields_by_name else None
             if fown is not None:
@@ -523,8 +522,3 @@ class _Place:
     def __init__(self, base: int, size: int) -> None:
         self.base = base
         self.size = size
-
-
-def schema_bytes(value: str | bytes) -> bytes:
-    """A string field as bytes."""
-    return value.encode(errors="surrogateescape") if isinstance(value, str) else value

@@ -138,7 +138,10 @@ class TaskReader:
                 os.close(walk)
         finally:
             os.close(link)
-        return TaskRecord(data, self.places) if data else None
+        # Before v6.1 the walk cannot be told a thread, and has all of them: Linux kernel commit f0d74c4da1f0 ("bpf:
+        # Parameterize task iterators.").
+        whole = 24 + sum(place.size for place in self.places)
+        return TaskRecord(data, self.places) if len(data) == whole else None
 
     def close(self) -> None:
         """Drop the program."""

@@ -63,6 +63,14 @@ def raw_flags(data: bytes) -> list[bytes]:
     return [block[: block.find(b"\n")] for block in data.split(_FLAGS)[1:]]
 
 
+def protection_keys(data: bytes) -> set[int]:
+    """The protection keys in use other than 0; execute-only mappings have one too, which the kernel chose."""
+    found: set[int] = set()
+    for line in data.split(b"\nProtectionKey:")[1:]:
+        found.add(int(line[: line.index(b"\n")]))
+    return found - {0}
+
+
 def parse(data: bytes) -> list[Smap]:
     """Return all mappings with the figures above, in ascending order. Raises ValueError."""
     flags = parse_flags(data)

@@ -135,9 +135,15 @@ class TaskResource:
         """
         raise NotImplementedError
 
+    def check(self, core: Message, ctx: BuildContext) -> None:
+        """Raise Unsupported or ImageError for what cannot be restored here; nothing has been created yet."""
+
     def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
         """Emit the calls that give the calling thread this state. ``thread``: RestoredThread (.tid, .task)."""
         raise NotImplementedError
+
+    def outside(self, task: Any, core: Message, ctx: BuildContext) -> None:
+        """Do from outside what the stopped task (a RestoredTask) cannot do for itself, once its program is through."""
 
 
 # vma_entry.status

@@ -74,10 +74,12 @@ def is_semaphore(fd: int) -> bool:
             record = reader.read(os.getpid())
         finally:
             reader.close()
+        if record is None:
+            raise Unsupported("BPF cannot be told whose file it is to look at")
     except (KernelError, Unsupported) as error:
         log.warning(f"eventfd: whether it is a semaphore cannot be seen here, and it is taken for none: {error}")
         return False
-    return record is not None and bool(record.fields[0][0] & os.EFD_SEMAPHORE)
+    return bool(record.fields[0][0] & os.EFD_SEMAPHORE)
 
 
 RESOURCE = Eventfd()
