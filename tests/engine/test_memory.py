@@ -559,3 +559,35 @@ def test_a_file_that_has_changed_is_noticed(start: Targets, images: str, criu_cm
     assert result.status == 1
     assert "data" in result.log
     assert not os.path.exists(f"/proc/{target.pid}")
+
+
+LARGE = """
+#define BYTES (24ul << 20)
+
+static unsigned long next(unsigned long state) { return state * 6364136223846793005ul + 1442695040888963407ul; }
+
+int main(void)
+{
+	unsigned long *area = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), state = 1;
+
+	for (unsigned long n = 0; n < BYTES / 8; n++)
+		if (n / 512 % 3000 != 2999)
+			area[n] = state = next(state);
+	CHECK(mprotect((char *)area + (8 << 20), 4 << 20, PROT_READ) == 0);
+	ready();
+	wait_told("go");
+	state = 1;
+	for (unsigned long n = 0; n < BYTES / 8; n++) {
+		unsigned long expected = n / 512 % 3000 != 2999 ? state = next(state) : 0;
+
+		if (area[n] != expected)
+			fail("word %lu is %lx, expected %lx", n, area[n], expected);
+	}
+	pass();
+}
+"""
+
+
+def test_large_memory(survives: Survives) -> None:
+    """It is brought in from outside, in large pieces, and not by the task itself."""
+    survives(LARGE)
