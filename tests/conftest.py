@@ -6,6 +6,7 @@ Every process that a test starts through them is ended after it.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,13 @@ import pytest
 
 from kit import Command, CommandResult, Library, Peer, Targets, Untouched, Verbs, run_criu
 from kit.host import become_subreaper, descendants, end_descendants
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> None:
+    """As in a shell's foreground: a job in the background starts with SIGINT ignored, nohup(1) with SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

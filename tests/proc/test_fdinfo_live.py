@@ -92,7 +92,8 @@ def test_timerfd(keep: Keep, fdinfo_of: Look) -> None:
     select.select([fd], [], [])
     late = kinds.timerfd(fdinfo_of(fd))
     assert (late.settime_flags, late.it_interval) == (TFD_TIMER_ABSTIME, (3600, 0))
-    assert late.ticks == struct.unpack("Q", os.read(fd, 8))[0]
+    # What came to pass since the first expiration is counted only when somebody reads.
+    assert 1 <= late.ticks <= struct.unpack("Q", os.read(fd, 8))[0]
 
 
 def test_signalfd(keep: Keep, fdinfo_of: Look) -> None:

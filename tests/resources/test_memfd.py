@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kit.file_bench import Bench, seen, source
 from torpor.errors import TorporError
+from torpor.linux.kernel import writable_address
 from torpor.proc.read import root
 from torpor.resources import FileKinds
 from torpor.resources.files import memfd, regular
@@ -171,9 +172,8 @@ def test_mapped(bench: Bench) -> None:
 def test_shared_anonymous_memory_is_dumped_alike(bench: Bench) -> None:
     with mmap.mmap(-1, 8192) as area:  # MAP_SHARED | MAP_ANONYMOUS
         area[4096:4100] = b"anon"
-        with open("/proc/self/maps") as file:
-            lines = [line for line in file if "/dev/zero (deleted)" in line]
-        low, high = (int(word, 16) for word in lines[-1].split()[0].split("-"))
+        low = writable_address(area)
+        high = low + 8192
         link = f"/proc/{os.getpid()}/map_files/{low:x}-{high:x}"
         target, result = os.readlink(os.fsencode(link)), os.stat(link)
         assert memfd.is_memfd(link, target, result)

@@ -55,9 +55,6 @@ def _size(fd: int, file: str) -> int:
         raise _kernel(f"stat `{file}`", error) from None
 
 
-# ---------------------------------------------------------------------------------------- writing
-
-
 class _Output:
     """One image on its way: gathered in memory, then in a file under a name of its own."""
 
@@ -318,9 +315,6 @@ def _announced(output: _Output, message: Any, content: bytes) -> bool:
     return size == told
 
 
-# ---------------------------------------------------------------------------------------- reading
-
-
 class _Source:
     """Bytes of an open file by offset; small files are read once, large ones through a window."""
 
@@ -514,11 +508,13 @@ class ImageReader:
         image = magic.kind_of(name)
         assert image.form != magic.RAW, f"{name} holds no messages"
         fd = self._open(name)
-        if fd >= 0:
-            return _Source(fd, magic.file_name(name))
-        if required:
+        if fd < 0 and required:
             raise ImageError(magic.file_name(name), "", "missing")
-        return None
+        try:
+            return _Source(fd, magic.file_name(name)) if fd >= 0 else None
+        except BaseException:
+            os.close(fd)
+            raise
 
 
 def scan(fd: int, image: Any, file: str) -> Iterator[Span]:

@@ -134,8 +134,13 @@ def launch(
         os.close(elf_fd)
         raise
     try:
-        os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
-        pid = _clone(set_tid, _exec_program(ready, go, elf_fd, arena.fd, keep, clock_offsets, loginuid), go, sibling)
+        try:
+            os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
+            start = _exec_program(ready, go, elf_fd, arena.fd, keep, clock_offsets, loginuid)
+        except BaseException:
+            os.close(go)
+            raise
+        pid = _clone(set_tid, start, go, sibling)
         try:
             _await_bootstrap(pid, elf_base, len(code))
         except BaseException:

@@ -12,6 +12,7 @@ to be cleaned up later.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -178,12 +179,17 @@ class Brief:
 
     def __exit__(self, *_: object) -> None:
         failed: OSError | None = None
+        again: list[tuple[bytes, bool]] = []
         while self._made:
             name, is_dir = self._made.pop()
             try:
                 os.rmdir(name) if is_dir else os.unlink(name)
             except OSError as error:
                 failed = failed or error
+                again.append((name, is_dir))
+        for name, is_dir in again:  # nothing of ours is to stay behind for one failed call
+            with contextlib.suppress(OSError):
+                os.rmdir(name) if is_dir else os.unlink(name)
         if failed is not None:
             raise failed
 
