@@ -283,6 +283,8 @@ class _Restore:
         program.call("tgkill", pid, tid, SIGTRAP, why="wait for the others")
 
     def _has_memory_when_forking(self, parent: RestoredTask) -> bool:
+        while parent.helper and parent.parent is not None:
+            parent = parent.parent  # whose memory, if any, a helper passes on
         return parent.alive and any(child.pid in self.heirs for child in parent.children)
 
     def _write_short_life(self, task: RestoredTask, program: Program, memory: restore_memory.MemoryPlan) -> None:
