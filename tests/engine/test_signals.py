@@ -274,7 +274,8 @@ int main(void)
 
 
 def test_interval_timers_and_posix_timers(survives: Survives) -> None:
-    survives(TIMERS)
+    # A timer that goes on ticking may have its signal pending at the moment of one look and not of the other.
+    survives(TIMERS, ignore=("*/status/ShdPnd",))
 
 
 DEATH_SIGNAL = """
