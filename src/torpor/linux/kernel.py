@@ -115,11 +115,6 @@ def prctl(option: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> int:
     return call("prctl", option, a, b, c, d)
 
 
-def memfd(name: str, flags: int = os.MFD_CLOEXEC) -> int:
-    """memfd_create(2)"""
-    return os.memfd_create(name, flags)
-
-
 def writable_address(area: mmap.mmap | bytearray) -> int:
     """The address of a writable buffer that the caller keeps alive."""
     return ctypes.addressof(ctypes.c_char.from_buffer(area))

@@ -9,6 +9,7 @@ import ctypes
 import os
 
 from .call import call
+from .kernel import iovec
 
 CONT, KILL, SINGLESTEP, DETACH, SYSCALL = 7, 8, 9, 17, 24
 SETOPTIONS, GETEVENTMSG, GETSIGINFO, SETSIGINFO = 0x4200, 0x4201, 0x4202, 0x4203
@@ -43,12 +44,6 @@ class user_regs_struct(ctypes.Structure):
 
 
 assert ctypes.sizeof(user_regs_struct) == 216
-
-
-class iovec(ctypes.Structure):
-    """include/uapi/linux/uio.h"""
-
-    _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
 
 
 class peeksiginfo_args(ctypes.Structure):

@@ -6,7 +6,6 @@ Being in the folder is the registration: each module in ``files/`` ends in ``RES
 
 from __future__ import annotations
 
-import errno
 import os
 
 from ..errors import Unsupported
@@ -332,8 +331,3 @@ def reopen(fd: int, flags: int) -> int:
 def unsupported(source: SourceFile, why: str, hint: str = "") -> Unsupported:
     """The error for a descriptor that cannot be dumped, in the one form all use."""
     return Unsupported(f"fd {source.fd} ({source.link}): {why}", hint=hint)
-
-
-def is_gone(error: OSError) -> bool:
-    """Did this fail because the task is gone?"""
-    return error.errno in (errno.ESRCH, errno.ENOENT)
