@@ -34,7 +34,7 @@ PREAMBLE = "".join(
     f"#if __has_include(<{header}>)\n#include <{header}>\n#endif\n" for header in HEADERS
 ) + ("#include <stddef.h>\n#include <sys/user.h>\nint printf(const char *, ...);\n")
 # The kernel does not export include/linux/socket.h. Apart, as the two do not go together.
-LIBRARY = "#define _GNU_SOURCE\n#include <stdio.h>\n#include <sys/socket.h>\n"
+LIBRARY = "#define _GNU_SOURCE\n#include <stdio.h>\n#include <sys/socket.h>\n#include <net/if.h>\n"
 
 COMPILER = ["cc", "-w", "-std=gnu11", "-x", "c", "-fmax-errors=0", "-fno-diagnostics-show-caret"]
 _UNKNOWN = re.compile(r"<stdin>:(\d+):\d+: error: ")

@@ -31,6 +31,7 @@ LINUX = [
 PREFIXES = {
     "torpor.linux.bpf": "BPF_",
     "torpor.linux.btf": "BTF_KIND_",
+    "torpor.linux.io_uring": "IORING_",
     # include/net/tcp_states.h is not exported; net/ipv4/tcp.c does not compile if these differ.
     "torpor.linux.inet_diag": "BPF_TCP_",
     "torpor.linux.packet_diag": "PDI_",
@@ -42,23 +43,48 @@ WHOLE = ("NT_", "AF_", "IPPROTO_", "PROT_", "MAP_")
 # Under another name in the headers; any expression of C. Of private constants, only those here are
 # compared.
 RENAMED = {
-    **{f"torpor.linux.bpf.R{number}": f"BPF_REG_{number}" for number in (0, 1, 2, 3, 6, 7, 8, 10)},
+    **{f"torpor.linux.bpf.R{number}": f"BPF_REG_{number}" for number in (0, 1, 2, 3, 6, 7, 8, 9, 10)},
     **{
         f"torpor.linux.bpf.{name}": f"BPF_FUNC_{name.lower()}"
-        for name in ("KTIME_GET_NS", "KTIME_GET_BOOT_NS", "PROBE_READ_KERNEL", "SEQ_WRITE")
+        for name in (
+            "KTIME_GET_NS KTIME_GET_BOOT_NS PROBE_READ_KERNEL SEQ_WRITE D_PATH MAP_LOOKUP_PERCPU_ELEM".split()
+        )
     },
+    **{f"torpor.linux.bpf.{name}": f"BPF_{name}" for name in ("MAP_CREATE", "MAP_TYPE_PERCPU_ARRAY")},
+    **{
+        f"torpor.linux.io_uring.{name}": f"IORING_SETUP_{name}"
+        for name in (
+            "IOPOLL SQPOLL SQ_AFF CQSIZE CLAMP ATTACH_WQ R_DISABLED SUBMIT_ALL COOP_TASKRUN TASKRUN_FLAG SQE128 CQE32 "
+            "SINGLE_ISSUER DEFER_TASKRUN NO_MMAP REGISTERED_FD_ONLY NO_SQARRAY HYBRID_IOPOLL"
+        ).split()
+    },
+    "torpor.linux.io_uring.CQE_SKIP_SUCCESS": "IOSQE_CQE_SKIP_SUCCESS",
+    "torpor.linux.io_uring.SQE_BYTES": "sizeof(struct io_uring_sqe)",
+    "torpor.linux.io_uring.CQE_BYTES": "sizeof(struct io_uring_cqe)",
     "torpor.linux.bpf.ATTACH_TRACE_ITER": "BPF_TRACE_ITER",
+    **{
+        f"torpor.linux.bpf_map.{name}": f"BPF_{whole}"
+        for name, whole in {
+            "CREATE": "MAP_CREATE", "LOOKUP": "MAP_LOOKUP_ELEM", "UPDATE": "MAP_UPDATE_ELEM",
+            "NEXT_KEY": "MAP_GET_NEXT_KEY", "INFO_BY_FD": "OBJ_GET_INFO_BY_FD", "BTF_LOAD": "BTF_LOAD",
+            "BTF_FD_BY_ID": "BTF_GET_FD_BY_ID", "FD_BY_ID": "MAP_GET_FD_BY_ID", "FREEZE": "MAP_FREEZE",
+            "LOOKUP_BATCH": "MAP_LOOKUP_BATCH", "F_RDONLY": "F_RDONLY", "F_WRONLY": "F_WRONLY",
+        }.items()
+    },
     "torpor.linux.btf.MAGIC": "BTF_MAGIC",
     # One bit for each of the states, which are numbered from 1.
     "torpor.linux.inet_diag.ALL_STATES": "(1 << (BPF_TCP_CLOSING + 1)) - 1",
     "torpor.linux.inet_diag._INET_DIAG_SHUTDOWN": "INET_DIAG_SHUTDOWN",
     "torpor.linux.inet_diag._INET_DIAG_SKV6ONLY": "INET_DIAG_SKV6ONLY",
+    "torpor.linux.kernel.PM_WRITTEN": "PAGE_IS_WRITTEN",
     "torpor.linux.kernel.PM_PRESENT": "PAGE_IS_PRESENT",
     "torpor.linux.kernel.PM_SWAPPED": "PAGE_IS_SWAPPED",
     "torpor.linux.kernel.PM_FILE": "PAGE_IS_FILE",
     "torpor.linux.kernel.PM_PFNZERO": "PAGE_IS_PFNZERO",
     "torpor.linux.kernel.PM_HUGE": "PAGE_IS_HUGE",
     "torpor.linux.kernel.PM_GUARD": "PAGE_IS_GUARD",
+    "torpor.linux.kernel.PM_SCAN_WP_MATCHING": "PM_SCAN_WP_MATCHING",
+    "torpor.linux.kernel.PM_SCAN_CHECK_WPASYNC": "PM_SCAN_CHECK_WPASYNC",
     "torpor.linux.packet_diag._SHOW": (
         "PACKET_SHOW_INFO | PACKET_SHOW_MCLIST | PACKET_SHOW_RING_CFG | PACKET_SHOW_FANOUT"
     ),
@@ -74,10 +100,22 @@ RENAMED = {
     ),
     "torpor.linux.sockets.SUN_PATH_MAX": "UNIX_PATH_MAX",
     "torpor.linux.userfault.API": "UFFD_API",
+    "torpor.linux.userfault.USER_MODE_ONLY": "UFFD_USER_MODE_ONLY",
+    "torpor.linux.userfault.FEATURE_WP_ASYNC": "UFFD_FEATURE_WP_ASYNC",
     **{
         f"torpor.linux.userfault.IOC_{name}": f"UFFDIO_{name}"
-        for name in ("API", "REGISTER", "UNREGISTER", "COPY")
+        for name in ("API", "REGISTER", "UNREGISTER", "COPY", "WAKE", "ZEROPAGE", "POISON", "WRITEPROTECT")
     },
+    **{
+        f"torpor.linux.userfault.{kind}_{name}": f"UFFD_{kind}_{name}"
+        for kind, names in (("FEATURE_EVENT", "FORK REMAP REMOVE UNMAP"), ("EVENT", "PAGEFAULT FORK REMAP REMOVE UNMAP"))
+        for name in names.split()
+    },
+    "torpor.linux.userfault.EVENTS": (
+        "UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP"
+    ),
+    "torpor.linux.userfault.MESSAGE_BYTES": "sizeof(struct uffd_msg)",
+    "torpor.linux.userfault.MADV_POPULATE_READ": "MADV_POPULATE_READ",
     "torpor.linux.userfault.FLAGS": "O_CLOEXEC | O_NONBLOCK",
 }
 # C expression (or `struct name`) → the release whose headers have it first.
@@ -86,19 +124,34 @@ NEWER = {
     "PAGEMAP_SCAN": (6, 7),
     "struct pm_scan_arg": (6, 7),
     **dict.fromkeys(
-        ("PAGE_IS_PRESENT", "PAGE_IS_SWAPPED", "PAGE_IS_FILE", "PAGE_IS_PFNZERO", "PAGE_IS_HUGE"),
+        (f"PAGE_IS_{name}" for name in ("WRITTEN", "PRESENT", "SWAPPED", "FILE", "PFNZERO", "HUGE")),
         (6, 7),
     ),
+    **dict.fromkeys(("PM_SCAN_WP_MATCHING", "PM_SCAN_CHECK_WPASYNC", "UFFD_FEATURE_WP_ASYNC"), (6, 7)),
     "PAGE_IS_GUARD": (6, 15),
     "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG": (6, 4),
     "PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG": (6, 4),
     "PTRACE_SET_SYSCALL_INFO": (6, 16),
+    **dict.fromkeys(("IORING_SETUP_NO_MMAP", "IORING_SETUP_REGISTERED_FD_ONLY"), (6, 5)),
+    "IORING_SETUP_NO_SQARRAY": (6, 6),
+    "IORING_SETUP_HYBRID_IOPOLL": (6, 13),
+    "IORING_REGISTER_CLOCK": (6, 12),
+    "IORING_MSG_RING_FLAGS_PASS": (6, 3),
+    "UFFDIO_POISON": (6, 6),
     "SCM_PIDFD": (6, 5),  # in the C library since glibc 2.39
 }
 # Bounds and choices of our own.
 OURS = {
+    "torpor.linux.bpf.LOAD_TRIES", "torpor.linux.bpf.READ_MAX",
+    "torpor.linux.mqueue.MQUEUE_MAGIC",  # ipc/mqueue.c: not exported
+    "torpor.linux.mqueue_messages.PAGE",
+    "torpor.linux.io_uring.ENTRIES_MAX",  # io_uring/io_uring.h, not exported
+    "torpor.linux.kernel_memory.BYTES_MAX",
+    "torpor.linux.kernel_memory.PLACES_MAX",
     "torpor.linux.bpf.CHUNK",  # of a program's stack, how much takes what is read
+    "torpor.linux.bpf_map.ENOTSUPP",  # include/linux/errno.h: never meant to be seen outside, and seen
     "torpor.linux.ptrace.XSTATE_BYTES_MAX",
+    "torpor.linux.task_files.PATH_BYTES",
     "torpor.linux.userfault.COPY_BYTES",  # at most so much by one call
 }
 

@@ -94,6 +94,10 @@ class Btf:
                 raise LookupError(f"the kernel has no {path}")
         return bits // 8
 
+    def size(self, name: str) -> int:
+        """How many bytes a struct takes. Raises LookupError."""
+        return self._words[self._places[self.find(name, STRUCT)] + 2]
+
     def _members(self, type_id: int) -> Iterator[tuple[str, int, int]]:
         """(name, type, offset in bits) of a struct's or union's fields."""
         while self._kind(type_id) in WRAPPERS:
@@ -114,9 +118,10 @@ class Btf:
 
 
 def lookup(questions: Sequence[str]) -> dict[str, int]:
-    """What the running kernel answers to each question: ``struct.field`` is an offset, ``func()`` the id of a function.
+    """What the running kernel answers to each question: ``struct.field`` is an offset, ``func()`` the id of a function,
+    ``struct{}`` its size in bytes.
 
-    In ``a|b`` the first that exists is taken: a field has got another name.
+    In ``a|b`` the first that exists is taken: a field has got another name. ``a?`` is -1 where there is none.
     Raises Unsupported when the kernel has no BTF or no answer.
     """
     known = _remembered()
@@ -133,12 +138,19 @@ def lookup(questions: Sequence[str]) -> dict[str, int]:
 
 
 def _ask(btf: Btf, question: str) -> int:
+    if question.endswith("?"):
+        try:
+            return _ask(btf, question[:-1])
+        except LookupError:
+            return -1
     first, _, others = question.partition("|")
     if others:
         try:
             return _ask(btf, first)
         except LookupError:
             return _ask(btf, others)
+    if question.endswith("{}"):
+        return btf.size(question[:-2])
     return btf.find(question[:-2], FUNC) if question.endswith("()") else btf.offset(question)
 
 

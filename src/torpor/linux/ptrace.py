@@ -89,6 +89,15 @@ def wait(tid: int, flags: int = 0) -> tuple[int, int]:
     return os.waitpid(tid, WALL | flags)
 
 
+def wait_any() -> int:
+    """Wait until any child or tracee of ours can be waited for, and leave it so; its pid, 0 if there is none."""
+    try:
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOWAIT | WALL)
+    except ChildProcessError:
+        return 0
+    return found.si_pid if found is not None else 0
+
+
 def _regset(request: int, tid: int, kind: int, area: object, size: int) -> int:
     vector = iovec(ctypes.addressof(area), size)  # type: ignore[arg-type]
     call("ptrace", request, tid, kind, ctypes.byref(vector))

@@ -22,6 +22,7 @@ SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET = 1, 2, 5
 SOCK_NONBLOCK, SOCK_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 SOL_SOCKET = 1
 SCM_RIGHTS, SCM_CREDENTIALS, SCM_PIDFD = 1, 2, 4
+SIOCOUTQ = 0x5411
 MSG_PEEK, MSG_TRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_CMSG_CLOEXEC = 0x2, 0x20, 0x40, 0x4000, 0x40000000
 SO_ERROR, SO_PEERCRED, SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SO_PEERGROUPS, SO_PEEK_OFF = 4, 17, 39, 38, 3, 59, 42
 SUN_PATH_MAX = 108
@@ -43,6 +44,17 @@ class Socket:
         self._sock.detach()
 
 
+class Plain(Socket):
+    """As Socket, for options only: what Python would ask the kernel about the socket is not needed, and for some
+    families (AF_VSOCK) it takes no options as bytes once it knows.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, fd: int) -> None:
+        self._sock = _socket.socket(0, 0, 0, fd)
+
+
 def unix_address(name: bytes) -> bytes:
     """sockaddr_un for a path or an abstract name."""
     return struct.pack("=H", AF_UNIX) + name
@@ -58,6 +70,23 @@ def connect(fd: int, name: bytes) -> None:
     """connect(2) a unix socket."""
     address = unix_address(name)
     call("connect", fd, address, len(address))
+
+
+def own_name(fd: int, size: int) -> bytes:
+    """getsockname(2): ``size`` bytes, as the kernel writes them; zeros behind a shorter name."""
+    return _name("getsockname", fd, size)
+
+
+def peer_name(fd: int, size: int) -> bytes:
+    """getpeername(2), as :func:`own_name`."""
+    return _name("getpeername", fd, size)
+
+
+def _name(call_name: str, fd: int, size: int) -> bytes:
+    area, length = buffer(size), buffer(4)
+    length.raw = size.to_bytes(4, "little")
+    call(call_name, fd, area, length)
+    return area.raw
 
 
 def disconnect(fd: int) -> None:
@@ -91,6 +120,13 @@ def socketpair(kind: int) -> tuple[int, int]:
 def shutdown(fd: int, how: int) -> None:
     """shutdown(2): SHUT_RD 0, SHUT_WR 1, SHUT_RDWR 2"""
     call("shutdown", fd, how)
+
+
+def unsent(fd: int) -> int:
+    """Memory, in bytes, of what was written and has not left the socket (SIOCOUTQ, for datagrams)."""
+    from fcntl import ioctl
+
+    return int.from_bytes(ioctl(fd, SIOCOUTQ, bytes(4)), "little")
 
 
 def family(fd: int) -> int:
