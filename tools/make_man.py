@@ -20,8 +20,9 @@ def option_lists() -> dict[str, str]:
     """The text for every place that a page may have."""
     from torpor.cli import check, dump, restore
     from torpor.cli.help import option_markdown
+    from torpor.options import OURS_IN_CRIU
 
-    lists = {"criu": option_markdown(lambda row: not row.ours and row.long != "ms")}
+    lists = {"criu": option_markdown(lambda row: (not row.ours or row.long in OURS_IN_CRIU) and row.long != "ms")}
     for module in (dump, restore, check):
         lists[module.HELP.verb] = option_markdown(module.HELP.shows)
     return lists

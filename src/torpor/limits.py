@@ -41,3 +41,7 @@ ADDRESS_MAX = 1 << 64
 
 #: Descriptor numbers: fs.nr_open of a kernel at its largest useful setting.
 FD_MAX = 1 << 24
+
+#: How far an io_uring's counters may have come. A new ring has to be brought there by as many empty requests, of which
+#: a processor does some ten million in a second.
+RING_REQUESTS_MAX = 1 << 30

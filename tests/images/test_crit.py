@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from images.made import NAMES, entries, least, messages, write_image
@@ -34,7 +34,7 @@ def image(name: str, *what: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12)
 @given(data=st.data())
 def test_to_json_and_back_nothing_is_lost(name: str, data: st.DataObject) -> None:
     bytes_before = image(name, *data.draw(entries(name)))

@@ -19,7 +19,7 @@ from images.made import ANNOUNCE, NAMES, entries, least, write_image
 from kit.verbs import SOURCES
 from torpor import limits
 from torpor.errors import ImageError, KernelError, UsageError
-from torpor.images import magic, payload, store
+from torpor.images import magic, payload, source, store
 from torpor.images import schema as pb
 from torpor.images.store import ImageReader, ImageWriter
 
@@ -457,11 +457,15 @@ def test_whatever_call_fails_the_directory_is_as_before(
     for nth in range(1, 200):
         failing = Failing(nth, errno.EIO)
         descriptors = len(os.listdir("/proc/self/fd"))
-        monkeypatch.setattr(store, "os", failing)
+        for module in (store, source):
+            monkeypatch.setattr(module, "os", failing)
         outcome = None
         try:
             with ImageWriter(folder.fd, existing=existing) as writer:
                 small_set(writer)
+                os.write(writer.raw("pages-9"), b"not needed")
+                os.write(writer.scratch(), b"nowhere")
+                writer.drop("pages-9")
                 writer.parent("../1")
                 writer.commit()
         except OSError as error:

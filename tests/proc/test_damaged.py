@@ -120,7 +120,7 @@ EDITS = st.lists(
 
 @pytest.mark.parametrize("name", PARSERS)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(edits=EDITS, keep=st.floats(0.5, 1), anything=st.none() | st.binary())
 def test_damaged(

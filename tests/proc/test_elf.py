@@ -128,7 +128,7 @@ def test_another_kind_of_image_is_refused(at: int, byte: int, image: bytes) -> N
         elf.Elf(bytes(broken))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, 0x600), st.integers(0, 255)), max_size=20),
     length=st.integers(0, 8192),

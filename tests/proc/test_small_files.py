@@ -233,6 +233,8 @@ def test_scalars() -> None:
     assert scalars.parse_personality(b"00040000\n") == 0x40000
     assert scalars.parse_loginuid(b"4294967295") is None
     assert scalars.parse_loginuid(b"1000") == 1000
+    assert scalars.parse_autogroup(b"/autogroup-12 nice -3\n\n") == -3
+    assert scalars.parse_autogroup(b"") is None
     assert scalars.parse_oom_score_adj(b"-1000\n") == -1000
     assert scalars.parse_coredump_filter(b"00000033\n") == 0x33
     assert scalars.parse_coredump_filter(b"") == 0
@@ -244,6 +246,7 @@ def test_scalars() -> None:
         scalars.parse_uptime,
         scalars.parse_personality,
         scalars.parse_loginuid,
+        scalars.parse_autogroup,
         scalars.parse_oom_score_adj,
         scalars.parse_coredump_filter,
     ],

@@ -170,6 +170,18 @@ _WORDS = ("dump", "restore")  # of stats-
 
 def find(name: str) -> Image | None:
     """The kind of the image called ``name`` (without ``.img``); None if there is no such kind."""
+    if name not in _found:  # asked several times for each image, of which there may be one for each connection
+        if len(_found) > _FOUND_MAX:
+            _found.clear()
+        _found[name] = _find(name)
+    return _found[name]
+
+
+_found: dict[str, Image | None] = {}
+_FOUND_MAX = 4096
+
+
+def _find(name: str) -> Image | None:
     image = IMAGES.get((name, ""))
     if image is not None:
         return image

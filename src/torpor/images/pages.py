@@ -20,7 +20,7 @@ from .store import ImageReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
     from typing import Any
 
@@ -54,9 +54,7 @@ class PagemapWriter:
         self._start = self._end = self._flags = self._same_as = 0
         #: pages announced so far, by what became of them
         self.present = self.in_parent = self.elsewhere = 0
-        self._encoded: list[bytes] = []
-        # compat_nr_pages is 32 bits wide and only there because it was a required field once.
-        self._entry = pb.pagemap_entry(compat_nr_pages=0)
+        self._framed: list[bytes] = []
         writer.append(name, pb.pagemap_head(pages_id=pages_id))
 
     def add(
@@ -80,6 +78,12 @@ class PagemapWriter:
         self._start, self._flags, self._same_as = vaddr, flags, same_as
         self._end = vaddr + nr_pages * PAGE_SIZE
 
+    def add_framed(self, entries: Iterable[bytes], *, present: int, elsewhere: int) -> None:
+        """All runs at once, encoded by :func:`framed_run` and in order; how many pages are here and how many not."""
+        self.present += present
+        self.in_parent += elsewhere
+        self._writer.append_framed(self._name, list(entries))
+
     def close(self) -> None:
         """Write the last run. Nothing may be added afterwards."""
         if self._start != self._end:
@@ -88,20 +92,33 @@ class PagemapWriter:
         self._flush()
 
     def _emit(self) -> None:
-        entry = self._entry
-        entry.vaddr, entry.flags, entry.nr_pages = self._start, self._flags, (self._end - self._start) // PAGE_SIZE
-        if self._same_as:
-            entry.same_as = self._same_as
-            self._encoded.append(entry.SerializeToString())
-            entry.ClearField("same_as")
-        else:
-            self._encoded.append(entry.SerializeToString())
-        if len(self._encoded) > _ENTRIES_AT_ONCE:
+        count = (self._end - self._start) // PAGE_SIZE
+        self._framed.append(framed_run(self._start, count, self._flags, self._same_as))
+        if len(self._framed) > _ENTRIES_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:
-        self._writer.append_encoded(self._name, self._encoded)
-        self._encoded = []
+        self._writer.append_framed(self._name, self._framed)
+        self._framed = []
+
+
+_entry: list[Any] = []  # one for all: making it costs as much as encoding it
+
+
+def framed_run(vaddr: int, nr_pages: int, flags: int, same_as: int) -> bytes:
+    """One run as it stands in a pagemap: the length of its entry, and the entry."""
+    if not _entry:
+        # compat_nr_pages is 32 bits wide and only there because it was a required field once.
+        _entry.append(pb.pagemap_entry(compat_nr_pages=0))
+    entry = _entry[0]
+    entry.vaddr, entry.flags, entry.nr_pages = vaddr, flags, nr_pages
+    if same_as:
+        entry.same_as = same_as
+        body: bytes = entry.SerializeToString()
+        entry.ClearField("same_as")
+    else:
+        body = entry.SerializeToString()
+    return len(body).to_bytes(4, "little") + body
 
 
 class Pagemap:

@@ -145,6 +145,40 @@ def message_class(name: str) -> Any:
     return made
 
 
+def list_class(name: str) -> Any:
+    """The class of a message that has nothing but any number of messages called ``name`` in its field ``all``, whose
+    number is 1: parsing many in one go takes half the time.
+    """
+    key = f"torpor list of {name}"
+    made = globals().get(key)
+    if made is None:
+        described = message_class(name).DESCRIPTOR
+        with _lock:
+            list_name = f"torpor_list_of_{name}"
+            # FieldDescriptorProto: name, number 1, repeated, of messages, their type; in a DescriptorProto, in a file.
+            field = _part(1, b"all") + b"\x18\x01\x20\x03\x28\x0b" + _part(6, b"." + described.full_name.encode())
+            message = _part(1, list_name.encode()) + _part(2, field)
+            file = _part(1, f"{list_name}.proto".encode()) + _part(3, described.file.name.encode()) + _part(4, message)
+            if key not in globals():
+                _pool.AddSerializedFile(file)
+                globals()[key] = _make_class(_pool.FindMessageTypeByName(list_name))
+        made = globals()[key]
+    return made
+
+
+def part_head(number: int, length: int) -> bytes:
+    """What stands before the ``length`` bytes of a field on the wire; its number is below 16."""
+    head = [number << 3 | 2]
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes((*head, length))
+
+
+def _part(number: int, content: bytes) -> bytes:
+    return part_head(number, len(content)) + content
+
+
 def decode(kind: Any, data: bytes | memoryview, image: str, field: str = "") -> Message:
     """The message of class ``kind`` (or of that name) that ``data`` holds.
 

@@ -49,8 +49,9 @@ def summary(reader: ImageReader) -> Json:
 
     ``inventory`` (format, writer, security module), ``tasks`` (parents before children, each with
     depth in the tree, pid, ppid, pgid, sid, comm, state, exit_code, threads, and in bytes
-    ``memory``, of it ``stored`` here and ``inherited`` from parent snapshots), ``images`` (name and
-    bytes of every file).
+    ``memory``, of it ``stored`` here and ``inherited`` from parent snapshots; where it is in several
+    pid namespaces its numbers in all of them, from that of the dumping process inwards: ``pids``,
+    ``pgids``, ``sids``, and ``tids`` of each thread), ``images`` (name and bytes of every file).
     """
     tasks = [_task(reader, depth, entry) for depth, entry in pstree(reader)]
     images = [{"name": name, "bytes": reader.size(name)} for name in reader.names()]
@@ -108,8 +109,13 @@ def _task(reader: ImageReader, depth: int, entry: Any) -> Json:
         shown["state"] = _STATES.get(task.task_state, str(task.task_state))
         if shown["state"] == "zombie":
             shown["exit_code"] = task.exit_code
-    for tid in entry.threads or [entry.pid]:
-        shown["threads"].append({"tid": tid, "comm": _thread_comm(reader, tid)})
+    if entry.HasField("levels"):
+        shown |= {"pids": list(entry.levels.pid), "pgids": list(entry.levels.pgid), "sids": list(entry.levels.sid)}
+    for index, tid in enumerate(entry.threads or [entry.pid]):
+        thread: Json = {"tid": tid, "comm": _thread_comm(reader, tid)}
+        if index < len(entry.levels.threads):
+            thread["tids"] = list(entry.levels.threads[index].tid)
+        shown["threads"].append(thread)
     mapped, stored, inherited = _memory(reader, entry.pid)
     return shown | {"memory": mapped, "stored": stored, "inherited": inherited}
 
@@ -312,12 +318,15 @@ _WORDS: dict[str, Callable[[Any], str]] = {
 
 
 def render_summary(shown: Json) -> str:
-    """The tree of tasks, and what the set takes, as lines of text."""
+    """The tree of tasks, and what the set takes, as lines of text. Of a task in several pid namespaces all numbers are
+    given, that in the dumping process' first.
+    """
     rows = [("PID", "PPID", "PGID", "SID", "STATE", "THREADS", "MAPPED", "STORED", "COMMAND")]
     for task in shown["tasks"]:
         rows.append(
             (
-                *(str(task[key]) for key in ("pid", "ppid", "pgid", "sid", "state")),
+                "/".join(map(str, task.get("pids", [task["pid"]]))),
+                *(str(task[key]) for key in ("ppid", "pgid", "sid", "state")),
                 str(len(task["threads"])),
                 human(task["memory"]),
                 human(task["stored"]) + ("+" if task["inherited"] else ""),

@@ -15,10 +15,11 @@ import stat
 from collections import namedtuple
 
 from .. import limits
-from ..errors import ImageError, KernelError, UsageError
+from ..errors import ImageError, UsageError
 from ..undo import Undo
 from . import magic, payload, quick
 from . import schema as pb
+from .source import Source, refused, size_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,26 +34,11 @@ _MODE = 0o644  # as CRIU; the directory is what keeps others out
 Span = namedtuple("Span", "message offset size")
 
 
-def _kernel(what: str, error: OSError) -> KernelError:
-    assert error.errno is not None
-    hint = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "the file system of the images directory is full"
-    return KernelError(what, error.errno, hint=hint)
-
-
 def _files(directory: int) -> list[str]:
     try:
         return os.listdir(directory)
     except OSError as error:
-        raise _kernel("read the images directory", error) from None
-
-
-def _size(fd: int, file: str) -> int:
-    try:
-        return os.fstat(fd).st_size
-    except OSError as error:
-        raise _kernel(f"stat `{file}`", error) from None
+        raise refused("read the images directory", error) from None
 
 
 class _Output:
@@ -92,6 +78,7 @@ class ImageWriter:
         self._outputs: dict[str, _Output] = {}
         self._undo = Undo()
         self._parent = ""
+        self._scratch: list[int] = []
         #: image name -> bytes in its file; filled by commit()
         self.sizes: dict[str, int] = {}
         if existing == "refuse" and (older := self.stale()):
@@ -137,13 +124,12 @@ class ImageWriter:
         if output.gathered > limits.WRITE_BUFFER_BYTES:
             self._spill(output)
 
-    def append_encoded(self, name: str, bodies: list[bytes]) -> None:
-        """Add messages without payloads that are encoded already, and known to be complete."""
+    def append_framed(self, name: str, messages: list[bytes]) -> None:
+        """Add messages without payloads that are encoded already, complete, and each with its length in front."""
         output = self._output(name)
-        for body in bodies:
-            output.chunks += (len(body).to_bytes(4, "little"), body)
-            output.gathered += 4 + len(body)
-        output.entries += len(bodies)
+        output.chunks += messages
+        output.gathered += sum(map(len, messages))
+        output.entries += len(messages)
         if output.gathered > limits.WRITE_BUFFER_BYTES:
             self._spill(output)
 
@@ -164,6 +150,25 @@ class ImageWriter:
         """
         assert magic.kind_of(name).form == magic.RAW, f"{name} is not raw"
         return self.fd(name)
+
+    def drop(self, name: str) -> None:
+        """The set is to have no such image after all."""
+        output = self._outputs.pop(name)
+        if output.fd >= 0:
+            os.close(output.fd)
+            self._unlink(output.temporary)
+
+    def scratch(self) -> int:
+        """A file without a name beside the images, for what is on its way to one. The writer closes it."""
+        name = f".scratch.{os.getpid()}.tmp"
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=self._dir)
+            self._scratch.append(fd)
+            self._remove_on_failure(name)
+            os.unlink(name, dir_fd=self._dir)
+        except OSError as error:
+            raise refused("create a file beside the images", error) from None
+        return fd
 
     def parent(self, target: str) -> None:
         """Name the directory of the snapshot before this one, relative to this set's directory."""
@@ -219,7 +224,7 @@ class ImageWriter:
             try:
                 view = view[os.write(output.fd, view) :]
             except OSError as error:
-                raise _kernel(f"write `{magic.file_name(output.name)}`", error) from None
+                raise refused(f"write `{magic.file_name(output.name)}`", error) from None
 
     def _open(self, output: _Output) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -231,7 +236,7 @@ class ImageWriter:
                 self._unlink(temporary)
                 output.fd = os.open(temporary, flags, _MODE, dir_fd=self._dir)
         except OSError as error:
-            raise _kernel(f"create `{magic.file_name(output.name)}`", error) from None
+            raise refused(f"create `{magic.file_name(output.name)}`", error) from None
         self._remove_on_failure(temporary)
 
     def _put_in_place(self) -> None:
@@ -247,7 +252,7 @@ class ImageWriter:
             file = magic.file_name(output.name)
             if file in present:
                 self._set_aside(file, replaced)
-            output.size = _size(output.fd, file)
+            output.size = size_of(output.fd, file)
             self._rename(output.temporary, file)
             self._remove_on_failure(file)
         self._undo.commit()
@@ -273,7 +278,7 @@ class ImageWriter:
         try:
             os.symlink(self._parent, _PARENT, dir_fd=self._dir)
         except OSError as error:
-            raise _kernel(f"symlink `{_PARENT}`", error) from None
+            raise refused(f"symlink `{_PARENT}`", error) from None
         self._remove_on_failure(_PARENT)
 
     def _remove_on_failure(self, file: str) -> None:
@@ -283,7 +288,7 @@ class ImageWriter:
         try:
             os.rename(old, new, src_dir_fd=self._dir, dst_dir_fd=self._dir)
         except OSError as error:
-            raise _kernel(f"rename `{old}` to `{new}`", error) from None
+            raise refused(f"rename `{old}` to `{new}`", error) from None
 
     def _unlink(self, file: str) -> None:
         try:
@@ -299,7 +304,9 @@ class ImageWriter:
         for output in self._outputs.values():
             if output.fd >= 0:
                 os.close(output.fd)
-        self._outputs = {}
+        for fd in self._scratch:
+            os.close(fd)
+        self._outputs, self._scratch = {}, []
 
 
 def _announced(output: _Output, message: Any, content: bytes) -> bool:
@@ -313,45 +320,6 @@ def _announced(output: _Output, message: Any, content: bytes) -> bool:
         output.image.magic, message, first=first, rest=size, image=output.name, field="payload"
     )
     return size == told
-
-
-class _Source:
-    """Bytes of an open file by offset; small files are read once, large ones through a window."""
-
-    __slots__ = ("_at", "_data", "fd", "file", "size")
-
-    def __init__(self, fd: int, file: str) -> None:
-        self.fd = fd
-        self.file = file
-        self.size = _size(fd, file)
-        self._data = b""
-        self._at = 0
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes from ``offset``; ImageError past the end of the file."""
-        if offset + size > self.size:
-            raise ImageError(self.file, f"byte {offset}", f"{size} bytes expected, file ends")
-        start = offset - self._at
-        if start < 0 or start + size > len(self._data):
-            self._data = self._fill(offset, max(size, limits.READ_WINDOW_BYTES))
-            self._at, start = offset, 0
-            if len(self._data) < size:
-                raise ImageError(self.file, f"byte {offset}", "the file shrinks as it is read")
-        return self._data[start : start + size]
-
-    def _fill(self, offset: int, size: int) -> bytes:
-        parts: list[bytes] = []
-        while size > 0:
-            try:
-                part = os.pread(self.fd, min(size, 1 << 30), offset)
-            except OSError as error:
-                raise _kernel(f"read `{self.file}`", error) from None
-            if not part:
-                break
-            parts.append(part)
-            offset += len(part)
-            size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class ImageReader:
@@ -376,14 +344,14 @@ class ImageReader:
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise _kernel(f"stat `{name}`", error) from None
+            raise refused(f"stat `{name}`", error) from None
         return stat.S_ISREG(found.st_mode)
 
     def size(self, name: str) -> int:
         """Bytes in the image's file."""
         fd = self.open(name)
         try:
-            return _size(fd, magic.file_name(name))
+            return size_of(fd, magic.file_name(name))
         finally:
             os.close(fd)
 
@@ -495,7 +463,7 @@ class ImageReader:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise ImageError(file, "", "not a plain file") from None
-            raise _kernel(f"open `{file}`", error) from None
+            raise refused(f"open `{file}`", error) from None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ImageError(file, "", "not a plain file")
@@ -504,14 +472,14 @@ class ImageReader:
             raise
         return fd
 
-    def _source(self, name: str, required: bool) -> _Source | None:
+    def _source(self, name: str, required: bool) -> Source | None:
         image = magic.kind_of(name)
         assert image.form != magic.RAW, f"{name} holds no messages"
         fd = self._open(name)
         if fd < 0 and required:
             raise ImageError(magic.file_name(name), "", "missing")
         try:
-            return _Source(fd, magic.file_name(name)) if fd >= 0 else None
+            return Source(fd, magic.file_name(name)) if fd >= 0 else None
         except BaseException:
             os.close(fd)
             raise
@@ -519,12 +487,12 @@ class ImageReader:
 
 def scan(fd: int, image: Any, file: str) -> Iterator[Span]:
     """The messages in an open file of the kind ``image``; ``file`` names it in errors."""
-    return _scan(_Source(fd, file), image)
+    return _scan(Source(fd, file), image)
 
 
 def read_magic(fd: int, file: str) -> Any:
     """The kind of image in an open file, by its magic; ImageError if it has none that is known."""
-    source = _Source(fd, file)
+    source = Source(fd, file)
     number = int.from_bytes(source.read(0, 4), "little")
     if number in (magic.COMMON, magic.SERVICE):
         number = int.from_bytes(source.read(4, 4), "little")
@@ -534,7 +502,7 @@ def read_magic(fd: int, file: str) -> Any:
     return image
 
 
-def _past_head(source: _Source, image: Any) -> int:
+def _past_head(source: Source, image: Any) -> int:
     """Check the magics; the offset behind them. The common one is absent from version 1 sets."""
     expected = magic.head(image)
     if len(expected) == 8:
@@ -548,7 +516,7 @@ def _past_head(source: _Source, image: Any) -> int:
     raise ImageError(source.file, "magic", f"not an image of type {image.magic}")
 
 
-def _scan(source: _Source, image: Any) -> Iterator[Span]:
+def _scan(source: Source, image: Any) -> Iterator[Span]:
     at, index, used = _past_head(source, image), 0, 0
     own = pb.message_class(image.message)
     read, file, end = source.read, source.file, source.size
@@ -582,7 +550,7 @@ def _check_bounds(file: str, field: str, size: int, used: int, index: int) -> No
         raise ImageError(file, field, f"more than {limits.IMAGE_ENTRIES_MAX} messages")
 
 
-def _follows(source: _Source, image: Any, message: Any, index: int, at: int, field: str) -> int:
+def _follows(source: Source, image: Any, message: Any, index: int, at: int, field: str) -> int:
     if image.magic == "IPCNS_MSG":
         return payload.queue_size(source.read, at, message.qnum, source.file, field)
     return payload.size_of(

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 class SourceThread:
-    """One thread: ``tid`` as we see it, ``vtid`` as the task itself does."""
+    """One thread: ``tid`` as we see it, ``vtid`` as the tree's root would and the images do, ``own_tid`` as it does
+    itself.
+    """
 
-    __slots__ = ("regs", "sigmask", "stat", "status", "stop", "task", "tid", "vtid")
+    __slots__ = ("own_tid", "regs", "sigmask", "stat", "status", "stop", "task", "tid", "vtid")
 
     def __init__(self, task: SourceTask, tid: int, stat: Stat, status: Status, stop: Stop) -> None:
         self.task = task
         self.tid = tid
-        self.vtid = status.NSpid[-1]
+        self.vtid = status.NSpid[task.level]
+        self.own_tid = status.NSpid[-1]
         self.stat = stat
         self.status = status
         self.stop = stop
@@ -40,16 +43,22 @@ class Mapping:
 
 
 class SourceTask:
-    """One process of the tree. ``threads`` begins with the main thread and is empty for a zombie."""
+    """One process of the tree. ``threads`` begins with the main thread and is empty for a zombie.
+
+    ``pid`` is how we see it, ``vpid`` how the tree's root would and the images do, ``own_pid`` how it sees itself.
+    ``level``: how many pid namespaces below ours the root is; -1: as many as the task.
+    """
 
     __slots__ = (
-        "answers", "children", "fds", "ids", "mappings", "mem_fd", "pid", "pidfd", "ppid", "stat", "status", "threads",
-        "vpid",
+        "answers", "children", "fds", "ids", "level", "mappings", "mem_fd", "own_pid", "pid", "pidfd", "ppid", "stat",
+        "status", "threads", "vpid",
     )  # fmt: skip
 
-    def __init__(self, pid: int, ppid: int, stat: Stat, status: Status) -> None:
+    def __init__(self, pid: int, ppid: int, stat: Stat, status: Status, level: int = -1) -> None:
         self.pid = pid
-        self.vpid = status.NSpid[-1]
+        self.level = level
+        self.vpid = status.NSpid[level]
+        self.own_pid = status.NSpid[-1]
         self.ppid = ppid
         self.stat = stat
         self.status = status
@@ -77,10 +86,10 @@ class SourceTask:
 
     @property
     def session(self) -> int:
-        """Session id in the task's own pid namespace; 0 when the leader is outside of it."""
-        return self.status.NSsid[-1]
+        """Session id in the pid namespace of the tree's root; 0 when the leader is outside of it."""
+        return self.status.NSsid[self.level]
 
     @property
     def group(self) -> int:
-        """Process group id in the task's own pid namespace."""
-        return self.status.NSpgid[-1]
+        """Process group id in the pid namespace of the tree's root."""
+        return self.status.NSpgid[self.level]

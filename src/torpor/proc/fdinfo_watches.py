@@ -97,14 +97,14 @@ def inotify(info: Fdinfo) -> list[InotifyWatch]:
     watches = []
     for line in info.get(b"inotify wd", ()):
         try:
-            values = _values(b"wd:" + line)
+            wd, ino, sdev, mask, *rest = line.split()
             watches.append(
                 InotifyWatch(
-                    int(values[b"wd"], 16),
-                    int(values[b"ino"], 16),
-                    int(values[b"sdev"], 16),
-                    int(values[b"mask"], 16),
-                    _handle(values),
+                    int(wd, 16),
+                    int(ino.removeprefix(b"ino:"), 16),
+                    int(sdev.removeprefix(b"sdev:"), 16),
+                    int(mask.removeprefix(b"mask:"), 16),
+                    _handle(_values(rest)),
                 )
             )
         except (KeyError, ValueError) as error:
@@ -120,12 +120,12 @@ def fanotify(info: Fdinfo) -> Fanotify:
     line = b""
     try:
         [line] = info[b"fanotify flags"]
-        group = _values(b"flags:" + line)
+        group = _values((b"flags:" + line).split())
         marks = []
         # An inode's line has sdev as well, behind ino.
         for first, kind in _MARKS:
             for line in info.get(b"fanotify " + first, ()):
-                marks.append(_mark(kind, _values(first + b":" + line)))
+                marks.append(_mark(kind, _values((first + b":" + line).split())))
         return Fanotify(int(group[b"flags"], 16), int(group[b"event-flags"], 16), marks)
     except (KeyError, ValueError) as error:
         raise ValueError(f"fdinfo of fanotify: cannot read {line!r}: {error}") from None
@@ -163,6 +163,5 @@ def _handle(values: dict[bytes, bytes]) -> FileHandle | None:
     return FileHandle(int(values[b"fhandle-type"], 16), data)
 
 
-def _values(line: bytes) -> dict[bytes, bytes]:
-    pairs = (word.partition(b":") for word in line.split())
-    return {key: value for key, _, value in pairs}
+def _values(words: list[bytes]) -> dict[bytes, bytes]:
+    return dict([word.split(b":", 1) for word in words])

@@ -34,6 +34,16 @@ def parse_oom_score_adj(data: bytes) -> int:
     return _integer("oom_score_adj", data, 10)
 
 
+def parse_autogroup(data: bytes) -> int | None:
+    """/proc/PID/autogroup: the nice value of ``/autogroup-N nice VALUE``; None where the file is empty."""
+    if not data.strip():
+        return None
+    head, _, nice = data.rpartition(b" nice ")
+    if not head.startswith(b"/autogroup-"):
+        raise _malformed("autogroup", data)
+    return _integer("autogroup", nice, 10)
+
+
 def parse_coredump_filter(data: bytes) -> int:
     """/proc/PID/coredump_filter: a mask in hexadecimal.
 

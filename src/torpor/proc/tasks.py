@@ -10,6 +10,8 @@ from ..errors import TaskGone
 from . import read as _read
 from . import stat as _stat
 
+PF_EXITING = 0x4  # include/linux/sched.h
+
 
 def parse_children(data: bytes) -> list[int]:
     """Parse /proc/PID/task/TID/children.
@@ -42,6 +44,15 @@ def children(pid: int) -> list[int]:
                 continue  # a thread that ended since; its children have moved to another one
             return _children_by_parent(pid)
     return sorted(found)
+
+
+def parent_of_ended(tid: int) -> int | None:
+    """Return the parent's number where ``tid`` is ending or has ended and waits to be collected, else None.
+
+    Raises TaskGone.
+    """
+    stat = _stat.parse(_read.read(tid, "stat"))
+    return stat.ppid if stat.state in "ZX" or stat.flags & PF_EXITING else None
 
 
 def _children_by_parent(pid: int) -> list[int]:
