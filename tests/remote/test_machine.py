@@ -27,6 +27,9 @@ def assembled(tmp_path_factory) -> tuple[bytes, dict[str, int]]:
 def test_bytes_are_those_of_the_source(assembled) -> None:
     code, at = assembled
     assert code[at["stub_start"] : at["stub_end"]] == machine.STUB
+    assert code[at["init_start"] : at["init_end"]] == machine.INIT
+    assert code[at["fault_4"] : at["faults_end"]] == machine.FAULTS
+    assert {signal: at[f"fault_{signal}"] - at["fault_4"] for signal in machine.FAULT_AT} == machine.FAULT_AT
     assert code[at["guest_start"] : at["guest_end"]] == machine.GUEST
     assert at["guest_start"] + machine.GUEST_RUN == at["guest_run"]
 
@@ -90,3 +93,21 @@ def test_explained_as_strace_would() -> None:
     fd = program.call("openat", -100, b"/etc/passwd\0", 0, why="whatever")
     program.call("close", fd)
     assert list(program.explain()) == ["openat(-100, '/etc/passwd', 0)  # whatever", "close(result of #0)"]
+
+
+def test_many_calls_at_once_are_as_one_by_one() -> None:
+    rows = [(7, 8, 0o2000000), (9, 10, 0), ((1 << 64) - 1, 0, 0)]
+    at_once, one_by_one = Program("test"), Program("test")
+    for program in (at_once, one_by_one):
+        opened = program.call("openat", -100, b"/x\0", 0)
+        if program is at_once:
+            program.calls("dup3", rows)
+        else:
+            for row in rows:
+                program.call("dup3", *row)
+        program.call("close", opened)
+        program.place(0x10000)
+    assert at_once.compile() == one_by_one.compile()
+    assert [*at_once.explain()] == [*one_by_one.explain()]
+    with pytest.raises(AssertionError):
+        at_once.calls("no such call", rows)

@@ -21,7 +21,7 @@ from .tracee import wait_stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..linux.ptrace import user_regs_struct
     from .program import Program
@@ -63,6 +63,9 @@ class Guest:
         )
         self._blocked = ALL_SIGNALS & ~(1 << (self.signal - 1))
         self.code = self._find_room(rooms)
+        #: Where the task stops: its arena is there, the program has run, it has left the arena.
+        self.stops = [self.code + place for place in machine.GUEST_STOPS]
+        self.called = self.code + machine.GUEST_CALLED
 
     def _find_room(self, rooms: Sequence[int]) -> int:
         for end in rooms:
@@ -78,9 +81,16 @@ class Guest:
             hint=f"{machine.GUEST_BYTES} bytes are needed; was the vDSO unmapped?",
         )
 
-    def run(self, tid: int, vtid: int, program: Program, regs: user_regs_struct, sigmask: int) -> Run:
+    def pause(self, vtid: int, program: Program) -> None:
+        """Have ``program``, to be run by the thread ``vtid``, stop here for a look at what it has done so far."""
+        program.call("tgkill", self.vpid, vtid, self.signal, why="a stop for the tracer, if it lives")
+
+    def run(
+        self, tid: int, vtid: int, program: Program, regs: user_regs_struct, sigmask: int,
+        look: Callable[[Run], object] | None = None,
+    ) -> Run:  # fmt: skip
         """Run ``program`` in the stopped thread ``tid``; afterwards it is stopped as before, with ``regs`` and
-        ``sigmask``.
+        ``sigmask``. ``look`` is called at each :meth:`pause` with the results so far.
 
         Raises TaskGone if it dies on the way. After any other error the thread is left to find its way back by itself
         when it is let go.
@@ -94,18 +104,20 @@ class Guest:
         # mask back, whereas a mask that was changed before would stay changed.
         ptrace.set_regs(tid, start)
         ptrace.set_sigmask(tid, self._blocked)
-        self._resume(tid)
-        now = ptrace.get_regs(tid)
+        arena, ran, left = self.stops
+        now = self._resume(tid, (arena, left))
         memory, reached = b"", 0
         if now.bp:
             if program.base != now.bx or not program.image:
                 program.place(now.bx)
                 program.image = program.compile()
             os.pwrite(self.mem_fd, program.image, now.bx)
-            self._resume(tid)
+            while (there := self._resume(tid, (ran, self.called))).ip == self.called:
+                if look is not None:
+                    look(Run(program, os.pread(self.mem_fd, program.size, now.bx)))
+            reached = there.r15
             memory = os.pread(self.mem_fd, program.size, now.bx)
-            reached = ptrace.get_regs(tid).r15
-            self._resume(tid)
+            self._resume(tid, (left,))
         ptrace.set_sigmask(tid, sigmask)
         ptrace.set_regs(tid, regs)
         self.unclean = False
@@ -120,7 +132,8 @@ class Guest:
             raise Unsupported(f"task {tid}: {program.records[at]}: {name}", hint=hint)
         return run
 
-    def _resume(self, tid: int) -> None:
+    def _resume(self, tid: int, places: Sequence[int]) -> user_regs_struct:
+        """Let it go on to its next stop, which is at one of ``places``; returns its registers there."""
         ptrace.resume(tid)
         while True:
             try:
@@ -129,11 +142,13 @@ class Guest:
                 self.seized.forget(tid)
                 raise
             if stop.event == 0 and stop.signal == self.signal:
-                return
+                regs = ptrace.get_regs(tid)
+                if regs.ip in places:
+                    return regs
             if stop.event == 0 and stop.signal in (4, 5, 7, 8, 11):
                 raise Unsupported(f"task {tid}: signal {stop.signal} while running a program in it")
             if stop.event == 0:
-                # Only SIGSTOP can come through; the task gets it when it is let go.
+                # SIGSTOP can come through, and one like ours from somebody else; the task gets it when it is let go.
                 self.seized.redeliver.append((tid, stop.signal))
             ptrace.resume(tid)
 

@@ -144,3 +144,56 @@ frame:                                  # the words that follow the code
         .set    blocked, frame + 64
         .set    regs, frame + 72
 guest_end:
+
+# The init of a pid namespace of ours: it runs a program, then reaps whoever ends, and ends as the process %rbx does: the
+# kernel kills the rest then. %r12: 8 bytes for statuses; %r13, %r14: what to unmap first, if anything.
+        .globl  init_start, init_end
+init_start:
+        run
+        mov     %r13, %rdi
+        mov     %r14, %rsi
+        mov     $11, %eax               # munmap
+        syscall
+1:      mov     $-1, %rdi
+        mov     %r12, %rsi
+        mov     $0x40000000, %edx       # __WALL
+        xor     %r10d, %r10d
+        mov     $61, %eax               # wait4
+        syscall
+        cmp     $-4, %rax               # EINTR
+        je      1b
+        test    %rax, %rax
+        js      3f                      # there is no child, or none any more
+        cmp     %rbx, %rax
+        jne     1b
+        mov     (%r12), %eax
+        mov     %eax, %edi
+        and     $0x7f, %edi
+        jz      2f
+        add     $128, %edi
+        jmp     4f
+2:      movzbl  %ah, %edi
+        jmp     4f
+3:      mov     $1, %edi
+4:      mov     $231, %eax              # exit_group
+        syscall
+        hlt
+init_end:
+
+# What earns a task each of the signals that a fault is answered with, for one that nothing else ends (machine.FAULTS).
+        .globl  fault_4, fault_5, fault_7, fault_8, fault_11, fault_31, faults_end
+fault_4:                                # SIGILL
+        ud2
+fault_5:                                # SIGTRAP
+        int3
+fault_7:                                # SIGBUS: no address at all, in the stack segment
+        movabs  $0x8000000000000000, %rbp
+        mov     (%rbp), %eax
+fault_8:                                # SIGFPE
+        xor     %ecx, %ecx
+        div     %ecx
+fault_11:                               # SIGSEGV
+        hlt
+fault_31:                               # SIGSYS: calls are to be dispatched by then (prctl PR_SET_SYSCALL_USER_DISPATCH)
+        syscall
+faults_end:

@@ -21,6 +21,18 @@ STUB = bytes.fromhex(
     "47204929471875984983c760eb9248f7d84883f83f7707490fa3474872eacc"
 )
 
+INIT = bytes.fromhex(
+    "498b074883e8017275498b7f08498b7710498b57184d8b57204d8b47284d8b4f300f05498b4f504885c0750a4885c974"
+    "054989cfebca49894738483d01f0ffff732c498b4f404885c9740348890149837f580074134885c07424490147104901"
+    "47204929471875984983c760eb9248f7d84883f83f7707490fa3474872ea4c89ef4c89f6b80b0000000f0548c7c7ffff"
+    "ffff4c89e6ba000000404531d2b83d0000000f054883f8fc74e14885c0781d4839d875d7418b042489c783e77f740881"
+    "c780000000eb0a0fb6fceb05bf01000000b8e70000000f05f4"
+)
+
+#: One fault behind the other, and where in it the instructions are that earn a signal; they touch registers only.
+FAULTS = bytes.fromhex("0f0bcc48bd00000000000000808b450031c9f7f1f40f05")
+FAULT_AT = {4: 0, 5: 2, 7: 3, 8: 16, 11: 20, 31: 21}
+
 GUEST = bytes.fromhex(
     "bf02000000488d352502000031d241ba08000000b80e0000000f0531ff488b35e5010000ba0300000041ba2100000049"
     "c7c0ffffffff4531c9b8090000000f0531ed483d01f0ffff0f83d00000004889c34989c7488b2dae010000488b3d8f01"
@@ -36,6 +48,11 @@ GUEST = bytes.fromhex(
 )
 
 GUEST_RUN = 119
+#: Behind the system call of GUEST that runs the records.
+GUEST_CALLED = GUEST.index(bytes.fromhex("0f05498b4f50")) + 2
+_TGKILL = bytes.fromhex("b8ea0000000f05")
+#: Behind each tgkill of GUEST.
+GUEST_STOPS = [at + len(_TGKILL) for at in range(len(GUEST)) if GUEST.startswith(_TGKILL, at)]
 
 #: Words of the frame that follows GUEST: pid, tid, signal, arena bytes, signal mask, flags, stack, ip,
 #: the mask that blocks, and REGISTERS.

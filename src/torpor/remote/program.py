@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import struct
+from array import array
+from itertools import repeat
 
 from ..linux.nr import NR
 from .machine import RECORD_BYTES, RECORD_WORDS, RESULT_WORD
@@ -68,8 +70,27 @@ class Record:
         self.plain = False  # are all arguments numbers?
 
     def __str__(self) -> str:
-        shown = ", ".join(_show(arg) for arg in self.args)
-        return f"{self.name}({shown})" + (f"  # {self.why}" if self.why else "")
+        return _line(self)
+
+
+class Row:
+    """A record of :meth:`Program.calls`: one of many, and so it has nothing but a name and numbers."""
+
+    __slots__ = ("args", "name")
+
+    why, may_fail, store, child, transfer, plain = "", 0, None, None, False, True
+
+    def __init__(self, name: str, args: tuple[int, ...]) -> None:
+        self.name = name
+        self.args = args
+
+    def __str__(self) -> str:
+        return _line(self)
+
+
+def _line(record: Record | Row) -> str:
+    shown = ", ".join(_show(arg) for arg in record.args)
+    return f"{record.name}({shown})" + (f"  # {record.why}" if record.why else "")
 
 
 def _show(arg: object) -> str:
@@ -89,12 +110,14 @@ def _show(arg: object) -> str:
 class Program:
     """A list of records and the data that they point to."""
 
-    __slots__ = ("base", "data", "image", "name", "pointers", "records")
+    __slots__ = ("base", "blocks", "data", "image", "name", "pointers", "records")
 
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.pointers: list[tuple[int, int]] = []
-        self.records: list[Record] = []
+        self.records: list[Record | Row] = []
+        #: (index, how many, compiled) of the records of calls()
+        self.blocks: list[tuple[int, int, bytes]] = []
         self.data = bytearray()
         self.base = 0  # where it was placed; 0: not yet
         self.image = b""  # for whoever runs it again at the same place
@@ -158,6 +181,18 @@ class Program:
         records.append(record)
         return Ref(index)
 
+    def calls(self, name: str, rows: Iterable[tuple[int, ...]]) -> None:
+        """Append the system call ``name`` for each row of arguments, which are numbers from 0 up; none may fail."""
+        assert name in NR, f"no system call {name}"
+        own = [*rows]
+        if own:
+            words = array("Q", bytes(len(own) * RECORD_BYTES))
+            words[::RECORD_WORDS] = array("Q", [NR[name] + 1]) * len(own)
+            for position, column in enumerate(zip(*own, strict=True), 1):
+                words[position::RECORD_WORDS] = array("Q", column)
+            self.blocks.append((len(self.records), len(own), words.tobytes()))
+            self.records += map(Row, repeat(name), own)
+
     def _placed(self, args: tuple[object, ...], index: int) -> tuple[object, ...]:
         """Arguments with bytes placed beside the program, and with the sources of results told where they are
         wanted.
@@ -166,7 +201,7 @@ class Program:
         for position, arg in enumerate(placed):
             if isinstance(arg, Ref):
                 source = self.records[arg.index]
-                assert source.store is None, "a result can be passed on once"
+                assert isinstance(source, Record) and source.store is None, "a result can be passed on once"
                 source.store = (index, position)
         return placed
 
@@ -183,23 +218,29 @@ class Program:
         """The bytes to be put at :attr:`base`."""
         assert self.base, "place it first"
         data_base = self.base + (len(self.records) + 1) * RECORD_BYTES
+        pieces: list[bytes] = []
+        done = 0
+        for start, count, block in [*self.blocks, (len(self.records), 0, bytes(RECORD_BYTES))]:
+            pieces += (self._compile(self.records[done:start], data_base), block)
+            done = start + count
+        data = bytearray(self.data)
+        for place, target in self.pointers:
+            struct.pack_into("<Q", data, place, data_base + target)
+        return b"".join((*pieces, data))
+
+    def _compile(self, records: list[Record | Row], data_base: int) -> bytes:
         words: list[int] = []
-        for record in self.records:
-            args = record.args
-            words.append(NR[record.name] + 1)
-            words += args if record.plain else [self._word(arg, data_base) for arg in args]  # type: ignore[arg-type]
-            store = record.store
-            words += _PADDING[len(args)]  # the arguments left out, and the result
+        for record in records:
+            assert isinstance(record, Record)
+            args, store = record.args, record.store
+            numbers = args if record.plain else [self._word(arg, data_base) for arg in args]
+            padding = _PADDING[len(args)]  # the arguments left out, and the result
+            words += (NR[record.name] + 1, *[number & _WORD for number in numbers], *padding)  # type: ignore[operator]
             words += (
                 self.base + store[0] * RECORD_BYTES + 8 * (1 + store[1]) if store else 0,
                 record.may_fail, record.child.base if record.child is not None else 0, record.transfer,
             )  # fmt: skip
-        words += (0,) * RECORD_WORDS
-        words = [word & _WORD for word in words]
-        data = bytearray(self.data)
-        for place, target in self.pointers:
-            struct.pack_into("<Q", data, place, data_base + target)
-        return struct.pack(f"<{len(words)}Q", *words) + data
+        return struct.pack(f"<{len(words)}Q", *words)
 
     @staticmethod
     def _word(arg: object, data_base: int) -> int:

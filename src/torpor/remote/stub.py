@@ -7,6 +7,7 @@ same address and into this process, so that programs and results are plain memor
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -24,14 +25,15 @@ from .tracee import wait_stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 PAGE = 4096
 AT_EMPTY_PATH = 0x1000
 KILL_TIMEOUT_S = 10.0  # only an uninterruptible wait can take that long
 F_SETFD = 2
 PR_SET_CHILD_SUBREAPER = 36
-CLONE_NEWTIME = 0x80
+CLONE_VM, CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWPID = 0x100, 0x80, 0x20000, 0x20000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
 OPTIONS = (
     ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD | ptrace.O_TRACEFORK | ptrace.O_TRACEVFORK | ptrace.O_TRACECLONE
     | ptrace.O_TRACEEXEC
@@ -51,7 +53,8 @@ class Arena:
         except BaseException:
             os.close(self.fd)
             raise
-        self.memory[: len(machine.STUB)] = machine.STUB
+        code = machine.STUB + machine.INIT + machine.FAULTS
+        self.memory[: len(code)] = code
         self._next = PAGE
 
     @property
@@ -64,12 +67,46 @@ class Arena:
         """The instruction pointer of a stub whose program failed: behind the trap."""
         return self.base + len(machine.STUB)
 
+    def fault(self, signal: int) -> int:
+        """Where the instructions lie that earn a task a signal, one of machine.FAULT_AT."""
+        return self.base + len(machine.STUB) + len(machine.INIT) + machine.FAULT_AT[signal]
+
+    def mark(self) -> int:
+        """Where the next program will lie, for :meth:`rewind`."""
+        return self._next
+
+    def rewind(self, mark: int) -> None:
+        """Forget the programs that were placed since."""
+        self._next = mark
+
+    def reserve(self, size: int) -> int:
+        """The address of ``size`` bytes for other things than programs."""
+        address = self.base + self._next
+        self._next += -(-size // 64) * 64
+        return address
+
     def place(self, program: Program) -> None:
         """Give a program its address."""
         program.place(self.base + self._next)
         self._next += (program.size + 63) // 64 * 64
         if self._next > self.size:
             raise AssertionError("the arena is too small")
+
+    def load(self, programs: Collection[Program]) -> None:
+        """Place the programs, which may name one another, and write them."""
+        for program in programs:
+            self.place(program)
+        for program in programs:
+            self.write(program)
+
+    def content(self, mark: int) -> bytes:
+        """All programs that were placed since :meth:`mark`, as they are now."""
+        return self.memory[mark : self._next]
+
+    def put(self, mark: int, content: bytes) -> None:
+        """Put programs back that lay there before."""
+        self._next = mark + len(content)
+        self.memory[mark : self._next] = content
 
     def write(self, program: Program) -> None:
         """Put a placed program into the arena."""
@@ -94,7 +131,7 @@ class Arena:
         os.close(self.fd)
 
 
-def _elf(base: int, code: bytes, data: bytes) -> bytes:
+def elf(base: int, code: bytes, data: bytes) -> bytes:
     """An executable: ``code`` at ``base``, ``data`` writable on the page behind it."""
     header = struct.pack(
         "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, base, 64, 0, 0, 64, 56, 3, 0, 0, 0
@@ -110,23 +147,26 @@ def _elf(base: int, code: bytes, data: bytes) -> bytes:
 
 def launch(
     set_tid: Sequence[int], arena: Arena, keep: Sequence[int], *, sibling: bool = False,
-    clock_offsets: bytes = b"", loginuid: int | None = None,
+    clock_offsets: bytes = b"", own_pids: bool = False, propagation: int = MS_SLAVE,
+    mounts: tuple[int, int] | None = None,
 ) -> tuple[int, int]:  # fmt: skip
-    """Clone and start the first stub; returns (its pid as we see it, the address of the arena's code).
+    """Clone and start the first stub; returns (its pid as we see it, the address of its init code: ``start_init``).
 
     ``set_tid`` are the pids it must have, innermost namespace first; ``keep`` the descriptors that it keeps in spite of
     their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what
-    /proc/self/timens_offsets is to hold in a time namespace of its own, ``loginuid`` what /proc/self/loginuid is to. It
-    is traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is
-    taken).
+    /proc/self/timens_offsets is to hold in a time namespace of its own. ``own_pids``: it is process 1 of a new pid
+    namespace, with ``propagation`` (MS_SLAVE, MS_PRIVATE) in a mount namespace of its own where it sees a /proc of
+    that; it has a copy of our mounts unless ``mounts`` says which: descriptors of a namespace and of a root directory
+    in it. It is traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST:
+    the pid is taken).
     """
     bootstrap = Program("bootstrap of the stub")
-    bootstrap.call("mmap", arena.base, PAGE, 5, 0x100001, arena.fd, 0, why="code of the arena")
-    bootstrap.call("mmap", arena.base + PAGE, arena.size - PAGE, 3, 0x100001, arena.fd, PAGE, why="programs")
+    emit_arena(bootstrap, arena)
     elf_base = arena.base - 16 * PAGE
     bootstrap.place(elf_base + PAGE)
     # The entry's first instruction makes %r15 point at the bootstrap: movabs $bootstrap, %r15.
     code = b"\x49\xbf" + struct.pack("<Q", elf_base + PAGE) + machine.STUB
+    trap = elf_base + len(code)
     elf_fd = os.memfd_create("torpor-stub", os.MFD_CLOEXEC)
     try:
         ready, go = os.pipe2(os.O_CLOEXEC)
@@ -135,40 +175,48 @@ def launch(
         raise
     try:
         try:
-            os.write(elf_fd, _elf(elf_base, code, bootstrap.compile()))
-            start = _exec_program(ready, go, elf_fd, arena.fd, keep, clock_offsets, loginuid)
+            os.write(elf_fd, elf(elf_base, code + machine.INIT, bootstrap.compile()))
+            propagation = propagation if own_pids else 0
+            start = _exec_program(ready, go, elf_fd, arena.fd, keep, clock_offsets, propagation, mounts)
         except BaseException:
             os.close(go)
             raise
-        pid = _clone(set_tid, start, go, sibling)
+        namespaces = CLONE_NEWPID * own_pids | CLONE_NEWNS * bool(propagation)
+        pid = _clone(set_tid, start, go, sibling, namespaces)
         try:
-            _await_bootstrap(pid, elf_base, len(code))
+            _await_bootstrap(pid, elf_base, trap)
         except BaseException:
             kill([pid])
             raise
     finally:
         for fd in (elf_fd, ready):
             os.close(fd)
-    return pid, arena.code
+    return pid, trap
+
+
+def emit_arena(program: Program, arena: Arena) -> None:
+    """Emit the mapping of the arena, where nothing may be yet."""
+    program.call("mmap", arena.base, PAGE, 5, 0x100001, arena.fd, 0, why="code of the arena")
+    program.call("mmap", arena.base + PAGE, arena.size - PAGE, 3, 0x100001, arena.fd, PAGE, why="programs")
 
 
 def _exec_program(
-    ready: int, go: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes, loginuid: int | None
-) -> Program:
+    ready: int, go: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes, propagation: int,
+    mounts: tuple[int, int] | None,
+) -> Program:  # fmt: skip
     program = Program("start of the stub")
     # Ends here, in a trap that kills it, if we die before we trace it: the pipe gives end of file then.
     program.call("close", go, why="our end of the pipe")
     program.call("read", ready, program.out(8), 1, 0, transfer=True, why="wait until traced")
+    if mounts is not None:
+        emit_entry(program, *mounts)
+    if propagation:
+        emit_proc(program, propagation)
     if clock_offsets:
         program.call("unshare", CLONE_NEWTIME)
         fd = program.call("openat", -100, b"/proc/self/timens_offsets\0", os.O_WRONLY | os.O_CLOEXEC)
         program.call("write", fd, clock_offsets, len(clock_offsets))
-    if loginuid is not None:  # only the task itself may write it; its children inherit it
-        fd = program.call("openat", -100, b"/proc/self/loginuid\0", os.O_WRONLY | os.O_CLOEXEC)
-        text = b"%d" % loginuid
-        program.call("write", fd, text, len(text), may_fail=(errno.EPERM, errno.EINVAL))
-    for fd_kept in (*keep, arena_fd):
-        program.call("fcntl", fd_kept, F_SETFD, 0)
+    program.calls("fcntl", [(fd, F_SETFD, 0) for fd in (*keep, arena_fd)])
     name = program.put(b"torpor-stub\0")
     argv = program.out(16)
     program.pointer(argv, 0, name)
@@ -176,17 +224,31 @@ def _exec_program(
     return program
 
 
-def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> int:
+def emit_entry(program: Program, namespace: int, root: int) -> None:
+    """Emit the move into a mount namespace, and to the directory ``root`` in it as the root; both are descriptors."""
+    program.call("setns", namespace, CLONE_NEWNS, why="a mount namespace of its own")
+    program.call("fchdir", root)
+    program.call("chroot", b".\0")
+
+
+def emit_proc(program: Program, propagation: int = MS_SLAVE) -> None:
+    """Emit the mount of a /proc for the pid namespace that the caller is in, in its own mount namespace."""
+    program.call("mount", 0, b"/\0", 0, MS_REC | propagation, 0, why="mounts made here do not show elsewhere")
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    program.call("mount", b"proc\0", b"/proc\0", b"proc\0", flags, 0, may_fail=(errno.ENOENT,), why="of these pids")
+
+
+def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool, namespaces: int) -> int:
     """clone3 with our memory shared until it executes; seize it; let it go."""
     launcher = Launcher(machine.STUB, program.size)
     program.place(launcher.data_address)
     pid = 0
     with SignalsBlocked():
         try:
-            pid = launcher.clone(program.compile(), set_tid, sibling=sibling)
+            pid = launcher.clone(program.compile(), set_tid, sibling=sibling, flags=CLONE_VM | namespaces)
             if pid < 0:
                 raise clone_error(-pid, set_tid)
-            _seize(pid)
+            seize(pid)
             os.write(go, b"!")
             _await_exec(pid)
         except BaseException:
@@ -199,7 +261,7 @@ def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool) -> 
     return pid
 
 
-def _seize(pid: int) -> None:
+def seize(pid: int) -> None:
     """Trace the stub and all that it will fork; its tasks' seccomp filters are not for what the machine does."""
     try:
         ptrace.seize(pid, OPTIONS | ptrace.O_SUSPEND_SECCOMP)
@@ -211,12 +273,15 @@ def _seize(pid: int) -> None:
 
 def clone_error(number: int, set_tid: Sequence[int]) -> KernelError:
     """The error of a failed clone3, with the reason that set_tid most likely gives."""
+    if not set_tid:
+        return KernelError("clone3 into a new pid namespace", number)
+    pid = set_tid[-1]  # the namespaces inside are fresh
     hints = {
-        errno.EEXIST: f"process id {set_tid[0]} is in use; end that process or restore in a pid namespace of its own",
-        errno.EINVAL: f"process id {set_tid[0]} may be above /proc/sys/kernel/pid_max",
+        errno.EEXIST: f"process id {pid} is in use; end that process or restore with --own-pids",
+        errno.EINVAL: f"process id {pid} may be above /proc/sys/kernel/pid_max",
         errno.EPERM: "setting process ids needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
     }
-    return KernelError(f"clone3 with pid {set_tid[0]}", number, hint=hints.get(number, ""))
+    return KernelError(f"clone3 with pid {pid}", number, hint=hints.get(number, ""))
 
 
 def _await_exec(pid: int) -> None:
@@ -232,13 +297,13 @@ def _await_exec(pid: int) -> None:
         ptrace.resume(pid, stop.signal if stop.event == 0 else 0)
 
 
-def _await_bootstrap(pid: int, elf_base: int, code_bytes: int) -> None:
+def _await_bootstrap(pid: int, elf_base: int, trap: int) -> None:
     ptrace.set_sigmask(pid, 0)
     ptrace.resume(pid)
     stop = wait_stop(pid)
     regs = ptrace.get_regs(pid)
     record = (regs.r15 - elf_base - PAGE) // machine.RECORD_BYTES
-    if stop.signal != signal.SIGTRAP or regs.ip != elf_base + code_bytes or record != 2:
+    if stop.signal != signal.SIGTRAP or regs.ip != trap or record != 2:
         raise Unsupported(f"the stub's arena could not be mapped (step {record}, signal {stop.signal})")
 
 
@@ -250,8 +315,24 @@ def start(pid: int, arena: Arena, program: Program) -> None:
     ptrace.resume(pid)
 
 
-def kill(pids: Sequence[int]) -> None:
-    """Kill stubs and take their exits. ``pids`` may hold threads as well.
+def start_init(
+    pid: int, program: Program, code: int, child: int, scratch: int, unmap: tuple[int, int] = (0, 0)
+) -> None:
+    """Set a stopped stub going as the init of its pid namespace (machine.INIT at ``code``): after its program it waits.
+
+    It ends when ``child``, a number in that namespace, has ended. ``scratch``: the address of 8 bytes for it
+    alone; ``unmap``: (address, bytes) that it gives back before it waits.
+    """
+    regs = ptrace.get_regs(pid)
+    regs.ip, regs.r15, regs.orig_ax = code, program.base, (1 << 64) - 1
+    regs.bx, regs.r12, regs.r13, regs.r14 = child, scratch, *unmap
+    ptrace.set_regs(pid, regs)
+    ptrace.resume(pid)
+
+
+def kill(pids: Sequence[int], strays: Callable[[], Collection[int]] | None = None) -> None:
+    """Kill stubs and take their exits. ``pids`` may hold threads as well. ``strays`` finds those that were born
+    meanwhile: while one is not reaped, the init of its pid namespace does not end.
 
     A thread that was born a moment ago is our tracee too, without our having heard of it: while it is not reaped its
     process does not end. So all threads are looked for, and waited for in whatever order they end.
@@ -268,7 +349,12 @@ def kill(pids: Sequence[int]) -> None:
         ended = {tid for tid in waiting if _has_ended(tid)}
         waiting -= ended
         if not ended:
+            for pid in pids:  # orphans that have come to us: the init of their pid namespace waits for them
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, ptrace.WALL | os.WNOHANG)
             time.sleep(0.0005)
+            if strays is not None:
+                waiting.update(strays())
 
 
 def _threads(pid: int) -> list[int]:

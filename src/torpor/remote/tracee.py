@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 GROUP_STOPS = (19, 20, 21, 22)  # SIGSTOP SIGTSTP SIGTTIN SIGTTOU
-SIGTRAP = 5
+SIGTRAP, SIGKILL = 5, 9
+#: Between looks at a tracee while others can be waited for, and how long until it is asked whether it can end at all.
+FIRST_PAUSE_S, PATIENCE_S = 0.00003, 0.02
 
 
 class Stop:
@@ -43,14 +45,42 @@ class Stop:
         return f"Stop(signal={self.signal}, event={self.event})"
 
 
+class Dying(TaskGone):
+    """It was killed and cannot end: what it has forked a moment ago is our tracee, and has to be reaped first."""
+
+
 def wait_stop(tid: int) -> Stop:
     """Wait until ``tid``, a tracee, stops.
 
-    Raises TaskGone when it ends instead. It is reaped as a tracee then; its parent still gets its exit status.
+    Raises TaskGone when it ends instead. It is reaped as a tracee then; its parent still gets its exit status. Raises
+    Dying, a TaskGone, when it is not reaped: an init that waits for its pid namespace to be empty, or a process whose
+    thread we have not heard of (kernel/pid_namespace.c, zap_pid_ns_processes(); kernel/exit.c, delay_group_leader()).
     """
-    stop = _wait(tid, 0)
-    assert stop is not None
-    return stop
+    pause_s, slept_s = FIRST_PAUSE_S, 0.0
+    while True:
+        stop = _wait(tid, os.WNOHANG)
+        if stop is not None:
+            return stop
+        found = ptrace.wait_any()
+        if found == tid:
+            continue
+        # Somebody else can be waited for, and will be by others: to wait for all would not block now.
+        time.sleep(pause_s)
+        slept_s += pause_s
+        pause_s = min(pause_s * 1.5, 0.002)
+        if slept_s > PATIENCE_S and _is_dying(tid):
+            raise Dying(f"task {tid} was killed")
+
+
+def _is_dying(tid: int) -> bool:
+    from ..proc import status
+    from ..proc.read import read
+
+    try:
+        seen = status.parse(read(tid, "status"))
+    except TaskGone:
+        return False
+    return seen.State == "Z" or bool((seen.SigPnd | seen.ShdPnd) >> (SIGKILL - 1) & 1)
 
 
 def wait_stop_for(tid: int, timeout_s: float) -> Stop:
@@ -94,6 +124,16 @@ def _ending(status: int) -> str:
     return f"exit status {os.WEXITSTATUS(status)}"
 
 
+def _has_ended(tid: int) -> bool:
+    from ..proc import stat
+    from ..proc.read import read
+
+    try:
+        return stat.parse(read(tid, "stat")).state in "ZX"
+    except TaskGone:
+        return True
+
+
 class Seized:
     """A set of seized threads. Leaving it lets every thread go on, whatever happened.
 
@@ -115,7 +155,8 @@ class Seized:
                 self._pending.add(tid)
                 ptrace.interrupt(tid)
             except KernelError as error:
-                if error.errno == errno.ESRCH:
+                # kernel/ptrace.c: a zombie gives EPERM as well.
+                if error.errno == errno.ESRCH or (error.errno == errno.EPERM and _has_ended(tid)):
                     self._pending.discard(tid)
                     continue
                 if error.errno == errno.EPERM:
@@ -153,17 +194,21 @@ class Seized:
                     self._pending.discard(tid)
                     self.stops[tid] = stop
                     return True
-                # A signal that was on its way when we came; it is delivered and the stop asked for follows.
+                # A signal that was on its way when we came. Its stop may have taken the place of the one that was asked
+                # for, which is forgotten then, and so for ever if signals keep coming: it is asked for again. Now that
+                # the task is stopped it comes before any other signal (kernel/signal.c, ptrace_stop, get_signal).
+                ptrace.interrupt(tid)
                 ptrace.resume(tid, stop.signal)
         except TaskGone:
             self._pending.discard(tid)
             return False
 
     def release(self, tid: int) -> None:
-        """Let one thread go on."""
-        if self.stops.pop(tid, None) is not None:
+        """Let one thread go on, and have the signal that it has stopped for, if that is why."""
+        stop = self.stops.pop(tid, None)
+        if stop is not None:
             try:
-                ptrace.detach(tid)
+                ptrace.detach(tid, 0 if stop.event else stop.signal)
             except KernelError as error:
                 if error.errno != errno.ESRCH:
                     raise
