@@ -16,12 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit import Library, Target, Targets
-from kit.host import wait_until
+from kit.host import descendants, reap, wait_until
 from kit.network import own_network
 from torpor.errors import TorporError, Unsupported
 from torpor.linux import inet_diag
-from torpor.resources import network_lock, tcp
-from torpor.resources.files import inet
+from torpor.resources import inet_place, network_lock, tcp
 
 HEAD = """
 import os, struct, sys, time
@@ -97,6 +96,10 @@ def tables() -> list[str]:
     return subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
 
 
+def nft(script: str) -> None:
+    subprocess.run(["nft", script], check=True)
+
+
 def listener(family: int = socket.AF_INET, host: str = "127.0.0.1") -> socket.socket:
     made = socket.socket(family, socket.SOCK_STREAM)
     made.bind((host, 0))
@@ -136,6 +139,8 @@ for option, value in ((16, 9), (18, 5), (19, 0), (23, 2), (25, 1), (29, 0), (49,
                       (73, 4), (78, 1)): six.setsockopt(41, option, value)
 names = {n: (s.getsockname(), s.type, s.proto, os.fstat(s.fileno()).st_uid) for n, s in socks.items()}
 before = {n: options(s) for n, s in socks.items()}
+backlogs = lambda: {n: s.getsockopt(6, 11, 104)[28:32] for n, s in socks.items() if s.type == SOCK_STREAM and state(s) == 10}
+many = backlogs()
 filters = socks["raw4"].getsockopt(255, 1, 4), socks["raw6"].getsockopt(58, 1, 32), socks["udplite4"].getsockopt(136, 10)
 """,
         """
@@ -143,6 +148,7 @@ for n, s in socks.items():
     same_options(n, before[n], options(s))
     same(n, (s.getsockname(), s.type, s.proto, os.fstat(s.fileno()).st_uid), names[n])
 same("peer", four.getpeername(), ("127.0.0.1", 9))
+same("backlogs", backlogs(), many); same("two backlogs", many["tcp4"][0], 17)
 same("filters", (socks["raw4"].getsockopt(255, 1, 4), socks["raw6"].getsockopt(58, 1, 32), socks["udplite4"].getsockopt(136, 10)), filters)
 client = create_connection(socks["tcp4"].getsockname())
 server, _ = socks["tcp4"].accept(); client.send(b"hi"); same("accept", server.recv(9), b"hi")
@@ -200,6 +206,52 @@ except OSError: pass
     ).whole()
 
 
+def test_names_of_all_kinds(trip: Callable[[str, str], Trip]) -> None:
+    """Addresses that nobody has any more, or never had; of one interface; without a port; of raw sockets."""
+    for address in ("10.77.0.1/32", "fd00:77::1/128", "fe80::77/64"):
+        subprocess.run(["ip", "address", "add", address, "dev", "lo", *(["nodad"] if ":" in address else [])], check=True)
+    made = trip(
+        """
+import errno, subprocess
+def bound(family, kind, name, *options, proto=0):
+    s = socket(family, kind, proto)
+    for option in options: s.setsockopt(*option)
+    s.bind(name); return s
+lo = if_nametoindex("lo")
+socks = [
+    bound(AF_INET, SOCK_STREAM, ("10.77.0.1", 6901)), bound(AF_INET6, SOCK_DGRAM, ("fd00:77::1", 6902)),
+    bound(AF_INET, SOCK_STREAM, ("10.78.0.1", 6903), (0, 15, 1)), bound(AF_INET, SOCK_DGRAM, ("10.78.0.2", 6904), (0, 19, 1)),
+    bound(AF_INET6, SOCK_DGRAM, ("fd00:78::1", 6905), (41, 78, 1)), bound(AF_INET6, SOCK_STREAM, ("fd00:78::2", 6906), (41, 75, 1)),
+    bound(AF_INET6, SOCK_STREAM, ("fe80::77", 6907, 0, lo)), bound(AF_INET, SOCK_STREAM, ("127.0.0.5", 0), (0, 24, 1)),
+    bound(AF_INET, SOCK_RAW, ("127.0.0.6", 0), proto=1), bound(AF_INET6, SOCK_RAW, ("::1", 0), proto=58),
+]
+raws = [socket(AF_INET, SOCK_RAW, 1), socket(AF_INET6, SOCK_RAW, 58)]
+raws[0].connect(("127.0.0.1", 0)); raws[1].connect(("::1", 0))
+socks[0].listen(3)
+deaf = socket(AF_INET, SOCK_STREAM)
+try: deaf.shutdown(SHUT_RD)
+except OSError as error: same("shutdown", error.errno, errno.ENOTCONN)
+same("deaf", deaf.recv(9), b"")
+for address in ("10.77.0.1/32", "fd00:77::1/128"): subprocess.run(["ip", "address", "del", address, "dev", "lo"], check=True)
+def peers():
+    found = {}
+    for table in ("/proc/net/raw", "/proc/net/raw6"):
+        for line in open(table): found[line.split()[9]] = line.split()[1:4]
+    return [found[str(os.fstat(s.fileno()).st_ino)] for s in raws]
+names = lambda: ([s.getsockname() for s in socks], peers())
+before = names()
+same("names", (before[0][0], before[0][6][1:], before[0][7]), (("10.77.0.1", 6901), (6907, 0, lo), ("127.0.0.5", 0)))
+same("peers", [one[1].partition(":")[0][-8:] for one in before[1]], ["0100007F", "01000000"])
+""",
+        """
+same("names", names(), before)
+same("deaf", deaf.recv(9), b""); same("listens", state(socks[0]), 10)
+same("freely", [s.getsockopt(*option) for s, option in zip(socks, ((0, 15), (41, 78), (0, 15)))], [0, 0, 1])
+""",
+    )
+    made.whole()
+
+
 # ---------------------------------------------------------------------- connections within the tree
 
 
@@ -247,6 +299,51 @@ fresh = pair(); fresh[0].send(b"new"); same("new", fresh[1].recv(9), b"new")
     assert not tables(), "nobody outside is to be held back"
     made.restore(**ESTABLISHED)
     made.target.go()
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
+def test_what_both_ends_have_agreed_on(trip: Callable[[str, str], Trip], family: str) -> None:
+    """Options and window scales of each end, and the largest segment, as TCP_INFO tells them."""
+    trip(
+        f"family = {family}"
+        + """
+host = "127.0.0.1" if family == AF_INET else "::1"
+def sysctl(name, value):
+    with open(f"/proc/sys/net/ipv4/tcp_{name}", "w") as file: file.write(value)
+def pair(room=0, mss=0):
+    server = socket(family, SOCK_STREAM)
+    if mss: server.setsockopt(6, 2, mss)
+    server.bind((host, 0)); server.listen(1)
+    client = socket(family, SOCK_STREAM)
+    if room: client.setsockopt(SOL_SOCKET, SO_RCVBUF, room)
+    client.connect(server.getsockname()[:2])
+    return client, server.accept()[0]
+def agreed(s):
+    told = s.getsockopt(6, 11, 104)
+    s.setsockopt(6, 19, 1); most = s.getsockopt(6, 2); s.setsockopt(6, 19, -1)  # TCP_REPAIR: what the peer has said
+    # A segment of the loopback interface may be larger than a socket can be told.
+    return told[5] & 7, told[6] >> 4, told[6] & 15, min(struct.unpack_from("I", told, 16)[0], 32700), most
+pairs = [pair(), pair(room=4000), pair(mss=900)]
+for name in ("sack", "timestamps", "window_scaling"):
+    sysctl(name, "0"); pairs.append(pair()); sysctl(name, "1")
+ends = [s for one in pairs for s in one]
+before = [agreed(s) for s in ends]
+same("kinds", len(set(before)) >= 6, True)
+""",
+        """
+same("agreed", [agreed(s) for s in ends], before)
+block = os.urandom(300000)
+for client, server in pairs:
+    client.setblocking(False)
+    got = b""; left = block
+    server.settimeout(20)
+    while len(got) < len(block):
+        try: left = left[client.send(left):]
+        except BlockingIOError: pass
+        got += server.recv(1 << 20)
+    same("data", got == block, True)
+""",
+    ).whole(**ESTABLISHED)
 
 
 # ---------------------------------------------------------------------- connections to the outside
@@ -297,7 +394,9 @@ CLOSING = {
     "last-ack": (True, "fill(s); s.shutdown(SHUT_WR)", 9),
     "fin-wait1": (False, "fill(s); s.shutdown(SHUT_WR)", 4),
     "fin-wait2": (False, "s.shutdown(SHUT_WR)", 5),
+    "closing": (True, "fill(s); s.shutdown(SHUT_WR)", 11),
 }
+FIN_WAIT1 = 4
 
 
 @pytest.mark.parametrize("name", CLOSING)
@@ -307,17 +406,20 @@ def test_closing_states(trip: Callable[[str, str], Trip], name: str) -> None:
 
     def serve() -> None:
         peer, _ = server.accept()
+        if crossed:  # both have sent their FIN, and neither has got the other's
+            wait_until("it is closed", lambda: FIN_WAIT1 in [one.state for one in inet_diag.sockets(6)])
         if theirs:
             peer.sendall(b"tail")
             peer.shutdown(socket.SHUT_WR)
         accepted.append(peer)
 
-    wait = "while state(s) != 8: time.sleep(.01)\n" if theirs else ""
+    crossed = number == inet_diag.CLOSING
+    wait = f"while state(s) != {11 if crossed else 8}: time.sleep(.01)\n" if theirs else ""
     with listener() as server:
         thread = threading.Thread(target=serve)
         thread.start()
         made = trip(
-            outside(server, FILL + wait + ours + "\ntime.sleep(.3); before = state(s)"),
+            outside(server, FILL + (f"{ours}\n{wait}" if crossed else wait + ours) + "\ntime.sleep(.3); before = state(s)"),
             f"same('state', (state(s), before), ({number}, {number})); tell('seen'); same('tail', drain(s), b'tail')\n"
             + ("s.sendall(b'answer')\n" if number == 8 else ""),
         )
@@ -396,7 +498,12 @@ def test_let_go_when_torpor_is_killed(trip: Callable[[str, str], Trip], monkeypa
         def die(ctx: object) -> None:
             os.kill(os.getpid(), 9)
 
+        def others() -> set[int]:
+            reap(descendants(os.getpid()))
+            return set(descendants(os.getpid()))
+
         monkeypatch.setattr(locks, "finish", die)
+        before = others()
         pid = os.fork()
         if pid == 0:
             try:
@@ -404,7 +511,8 @@ def test_let_go_when_torpor_is_killed(trip: Callable[[str, str], Trip], monkeypa
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
-        wait_until("the lock is lifted", lambda: not tables())
+        wait_until("the guard has done what it is for", lambda: others() <= before)
+        assert not tables(), "the lock is still there"
         peer.sendall(b"go on")
         made.target.go()
         peer.settimeout(20)
@@ -435,8 +543,13 @@ def test_a_restore_that_fails_can_be_tried_again(trip: Callable[[str, str], Trip
 def test_closed_on_restore(trip: Callable[[str, str], Trip]) -> None:
     with listener() as server:
         made = trip(
-            outside(server, "keep = socket(AF_INET, SOCK_STREAM); keep.bind(('', 6200)); keep.listen(2)"),
+            outside(
+                server, "keep = socket(AF_INET, SOCK_STREAM); keep.bind(('', 6200)); keep.listen(2)\n"
+                "for level, option, value in ((1, 9, 1), (1, 12, 3), (6, 1, 1), (6, 4, 77), (0, 1, 16), (1, 8, 50000)): s.setsockopt(level, option, value)\n"
+                "look = lambda: [s.getsockopt(*one) for one in ((1, 9), (1, 12), (6, 1), (6, 4), (0, 1), (1, 8))]; before = look()",
+            ),
             """
+same('options', look(), before)
 same('eof', s.recv(9), b'')
 try: s.send(b'x'); errors.append('sent')
 except BrokenPipeError: pass
@@ -461,14 +574,95 @@ def test_skip_in_flight(trip: Callable[[str, str], Trip]) -> None:
         made.whole(skip_in_flight=True)
 
 
+def test_one_that_is_not_answered_yet_is_answered_later(trip: Callable[[str, str], Trip]) -> None:
+    """A connection in the state SYN_SENT: its request is sent again."""
+    with listener() as server:
+        host, port = server.getsockname()
+        nft("add table inet kit; add chain inet kit in { type filter hook input priority -10; }")
+        nft(f"add rule inet kit in tcp dport {port} drop")
+        made = trip(
+            f"s = socket(AF_INET, SOCK_STREAM); s.setblocking(False); s.connect_ex(({host!r}, {port})); same('asks', state(s), 2)\n"
+            "name = s.getsockname()",
+            "same('asks', (state(s), s.getsockname(), s.getblocking()), (2, name, False)); tell('seen'); wait_told('answered')\n"
+            "s.setblocking(True); s.sendall(b'hello'); same('answer', s.recv(9), b'yes')",
+        )
+        made.dump(**ESTABLISHED)
+        made.restore(**ESTABLISHED)
+        made.target.tell("go")
+        made.target.wait_file("seen")
+        nft("delete table inet kit")
+        server.settimeout(20)
+        peer, _ = server.accept()
+        made.target.tell("answered")
+        assert peer.recv(9) == b"hello"
+        peer.sendall(b"yes")
+        made.target.go()
+        peer.close()
+
+
+def test_one_that_does_not_read_any_more(trip: Callable[[str, str], Trip]) -> None:
+    with listener() as server:
+        made = trip(outside(server, "s.shutdown(SHUT_RD)"), "same('end', s.recv(9), b''); same('state', state(s), 1); s.sendall(b'it writes')")
+        peer, _ = server.accept()
+        made.whole(**ESTABLISHED)
+        assert peer.recv(20) == b"it writes"
+        peer.close()
+
+
+def test_where_only_marked_packets_may_go(trip: Callable[[str, str], Trip]) -> None:
+    """A route that is chosen by SO_MARK is needed before the connection is there, not after."""
+    for command in (
+        "addr add 10.99.1.1/32 dev lo", "rule add pref 100 table local", "rule del pref 0",
+        "rule add pref 5 to 10.99.1.1 fwmark 7 table local", "rule add pref 10 to 10.99.1.1 prohibit",
+    ):
+        subprocess.run(["ip", *command.split()], check=True)
+    with listener(host="10.99.1.1") as server:
+        made = trip(
+            f"s = socket(AF_INET, SOCK_STREAM); s.setsockopt(SOL_SOCKET, SO_MARK, 7); s.setsockopt(SOL_SOCKET, SO_BINDTODEVICE, b'lo')\n"
+            f"s.bind(('127.0.0.1', 0)); s.connect({server.getsockname()!r}); before = options(s)",
+            "same_options('s', before, options(s)); s.sendall(b'marked')",
+        )
+        peer, _ = server.accept()
+        made.whole(**ESTABLISHED)
+        assert peer.recv(9) == b"marked"
+        peer.close()
+
+
+def test_a_port_is_shared_among_sockets_of_one_user(trip: Callable[[str, str], Trip]) -> None:
+    trip(
+        """
+def bound(uid, *held):
+    os.seteuid(uid)
+    try: s = socket(AF_INET, SOCK_DGRAM); s.setsockopt(SOL_SOCKET, SO_REUSEPORT, 1); s.bind(("127.0.0.1", 6700)); return s
+    except OSError as error: return error.errno
+    finally: os.seteuid(0)
+first, second = bound(1000), bound(1000)
+same("another user", bound(0), 98)
+""",
+        """
+same("another user", bound(0), 98); same("the same user", type(bound(1000)), socket)
+same("owner", [os.fstat(s.fileno()).st_uid for s in (first, second)], [1000, 1000])
+""",
+    ).whole()
+
+
 # ---------------------------------------------------------------------- what stands in the way
+
+
+UDP = "s = socket(AF_INET, SOCK_DGRAM); s.connect((HOST, PORT)); "
 
 
 @pytest.mark.parametrize(
     ("first", "why"),
     [
         ("s = create_connection((HOST, PORT))", r"established TCP connection.*--tcp-established"),
-        ("s = socket(AF_INET, SOCK_DGRAM); s.setsockopt(17, 1, 1)", "corked"),
+        (UDP + "s.setsockopt(17, 1, 1); s.send(b'half a')", r"not complete yet \(UDP_CORK"),
+        (UDP + "s.send(b'half a', MSG_MORE)", r"not complete yet \(UDP_CORK, MSG_MORE"),
+        (
+            "s = socket(AF_INET6, SOCK_DGRAM); s.setsockopt(41, 32, inet_pton(AF_INET6, '::1')"
+            " + struct.pack('>I', 77) + struct.pack('=BBHHHI', 0, 255, 1, 100, 0, 0))",
+            "flow label",
+        ),
         ("s = socket(AF_INET, SOCK_STREAM, 262)", r"MPTCP.*GODEBUG"),
     ],
 )
@@ -557,8 +751,8 @@ def test_overlap_is_what_bind_says(a: str, b: str, six_only: bool, expected: boo
         return family, socket.inet_pton(family, text)
 
     (one, here), (two, there) = packed(a), packed(b)
-    assert inet._overlap(here, there, six_only, False) is expected
-    assert inet._overlap(there, here, False, six_only) is expected
+    assert inet_place.overlap(here, there, six_only, False) is expected
+    assert inet_place.overlap(there, here, False, six_only) is expected
     with socket.socket(one, socket.SOCK_STREAM) as first, socket.socket(two, socket.SOCK_STREAM) as second:
         if six_only:
             first.setsockopt(41, socket.IPV6_V6ONLY, 1)

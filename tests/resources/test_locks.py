@@ -81,7 +81,7 @@ ranges = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(wanted=ranges, command=st.sampled_from([SETLK, OFD_SETLK]))
 def test_ranges(
     tmp_path_factory: pytest.TempPathFactory, wanted: list[tuple[int, int, int]], command: int

@@ -42,7 +42,7 @@ def settle(bench: Bench) -> None:
         hook()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     size=st.integers(0, 1 << 20),
     writes=st.lists(
@@ -250,6 +250,18 @@ def test_content_outside_of_the_file_is_refused(bench: Bench) -> None:
     entry.size = 100
     ctx.memo["memfd inodes"] = {1: memfd._Inode(entry)}
     with pytest.raises(TorporError, match=r"pagemap-shmem.*outside of a file of 100 bytes"):
+        bench.build(file_id)
+
+
+@pytest.mark.parametrize(("flags", "pos"), [(os.O_RDWR, 1 << 63), (os.O_PATH, 5)])
+def test_a_position_that_cannot_be_leaves_no_descriptor(bench: Bench, flags: int, pos: int) -> None:
+    fd = os.memfd_create("named")
+    file_id = bench.dump(fd)
+    os.close(fd)
+    ctx = bench.commit()
+    _, entry = ctx.files[file_id]
+    entry.flags, entry.pos = flags, pos
+    with pytest.raises((TorporError, OSError)):
         bench.build(file_id)
 
 

@@ -66,7 +66,7 @@ def gone(end: Callable[[], object]) -> int:
 def tree(bench: Bench, *pids: int, threads: tuple[int, ...] = ()) -> None:
     for pid in pids:
         bench.dumping.tasks[pid] = SimpleNamespace(
-            pid=pid, threads=[SimpleNamespace(tid=tid) for tid in threads]
+            pid=pid, vpid=pid, threads=[SimpleNamespace(tid=tid, vtid=tid) for tid in threads]
         )
 
 

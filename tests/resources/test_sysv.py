@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+import struct
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kit.file_bench import Bench, in_child, run_here
+from kit.file_bench import Bench, alone_after, run_here
 from torpor.errors import Unsupported
 from torpor.images import schema as pb
 from torpor.linux.call import call
@@ -22,19 +22,10 @@ from torpor.resources.memory.sysv import RESOURCE
 CLONE_NEWIPC = 0x08000000
 PAGE = 4096
 AREA = 0x600000000000
+IPC_SET, IPC_STAT, SHM_LOCK = 1, 2, 11
 
 
-def alone(test: Callable[[], None]) -> Callable[[], None]:
-    def work() -> None:
-        call("unshare", CLONE_NEWIPC)
-        test()
-
-    def run() -> None:
-        in_child(work)
-
-    run.__name__ = test.__name__
-    run.__doc__ = test.__doc__
-    return run
+alone = alone_after(lambda: call("unshare", CLONE_NEWIPC))
 
 
 def segment(key: int = 0, size: int = 5 * PAGE, mode: int = 0o640, at: int = AREA, flags: int = 0) -> int:
@@ -81,7 +72,7 @@ class Round:
         ctx.memo.update(self.memo, mm=self.mm)
         program = Program()
         for entry in self.mm.vmas:
-            assert RESOURCE.restores(entry)
+            assert entry.status & RESOURCE.STATUS
             RESOURCE.prepare(entry, ctx)
         for entry in self.mm.vmas:
             RESOURCE.restore(entry, entry.prot, program, ctx)
@@ -119,8 +110,14 @@ def test_made_again_with_everything() -> None:
     number = segment(key=0x7ABC, size=5 * PAGE - 100, mode=0o642)
     os.seteuid(0)
     os.setegid(0)
+    area = ctypes.create_string_buffer(256)
+    call("shmctl", number, IPC_STAT, area)
+    struct.pack_into("II", area, 4, 88, 99)  # another owner than who made it
+    call("shmctl", number, IPC_SET, area)
+    call("shmctl", number, SHM_LOCK, None)
     write(AREA + 2 * PAGE, b"content")
     before, shown = staying(number), layout()
+    assert (before["uid"], before["cuid"], before["perms"]) == ("88", "66", "2642")
     again = Round()
     remove(number)
     assert row(number) is None
@@ -195,7 +192,7 @@ def test_a_failed_restore_removes_what_it_made() -> None:
     remove(number)
     again.build()
     assert row(number) is not None
-    again.bench.building.undo.roll_back()
+    again.bench.building.on_failure.roll_back()
     assert row(number) is None
 
 

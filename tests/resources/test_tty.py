@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.file_bench import Bench, in_child, run_here, seen
+from kit.file_bench import Bench, alone_after, run_here, seen
 from torpor.errors import Unsupported
 from torpor.linux.call import call
 from torpor.remote.program import Program
@@ -39,22 +39,15 @@ def own_devpts() -> None:
     call("mount", b"/dev/pts/ptmx\0", b"/dev/ptmx\0", None, MS_BIND, None)
 
 
-def alone(test: Callable[[], None]) -> Callable[[], None]:
-    """Run a test in a child that leads a session and has a devpts of its own."""
+def lead_a_session() -> None:
+    """Of its own, with a devpts of its own."""
+    signal.alarm(10)
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    own_devpts()
 
-    def work() -> None:
-        signal.alarm(10)
-        os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        own_devpts()
-        test()
 
-    def run() -> None:
-        in_child(work)
-
-    run.__name__ = test.__name__
-    run.__doc__ = test.__doc__
-    return run
+alone = alone_after(lead_a_session)
 
 
 def ask(fd: int, request: int) -> int:
@@ -146,6 +139,14 @@ def test_both_ends_with_settings_and_size() -> None:
     assert os.read(master, 100) in (b"\0to the master", b"\x20")
     os.write(master, b"to the slave\n")
     assert os.read(slave, 100) == b"to the slave\n"
+
+
+@alone
+def test_a_master_that_is_for_one_alone() -> None:
+    master, slave = pair()
+    fcntl.ioctl(master, EXCLUSIVE)
+    master, slave = moved(master, slave)
+    assert ask(master, IS_EXCLUSIVE) == 1 and ask(slave, IS_EXCLUSIVE) == 0
 
 
 @alone
@@ -326,6 +327,8 @@ def test_only_the_slave_is_refused_unless_it_is_a_job() -> None:
         assert os.ttyname(made) == os.ttyname(mine) != os.ttyname(slave)
         assert termios.tcgetattr(made) == termios.tcgetattr(slave)
         bench.building.undo.roll_back()
+        assert termios.tcgetattr(made) == termios.tcgetattr(slave), "the tasks run, with the settings that they made"
+        bench.building.on_failure.roll_back()
         assert not termios.tcgetattr(mine)[3] & termios.ICANON
 
 
@@ -349,9 +352,24 @@ def test_external_terminal_is_inherited() -> None:
 
 
 @alone
+def test_external_terminals_in_images_as_criu_reads_and_writes_them() -> None:
+    slaves = [pair()[1] for _ in range(3)]
+    keys = [f"tty[{os.fstat(slave).st_rdev:x}:{os.fstat(slave).st_dev:x}]" for slave in slaves]
+    with Bench(external=keys) as bench:
+        for slave in slaves:
+            bench.dump(slave)
+        infos = list(bench.commit().images.read_all("tty-info"))
+    # It takes no more than 1024 terminals, two numbers each, and wants the settings of every one.
+    assert [info.id for info in infos] == [2024, 2026, 2028]
+    assert all(info.HasField(field) for info in infos for field in ("termios", "termios_locked", "winsize"))
+    infos[0].termios.c_cc[:] = [0x1F2F3F4F] * 19  # as CRIU 4.2 stores them
+    _tty_build.Terminals._check(2024, infos[0])
+
+
+@alone
 def test_orphan_master_goes_to_the_caller() -> None:
     master, slave = pair()
-    with Bench(orphan_pts_master=True) as bench:
+    with Bench(orphan_pts_master=True, notify=print) as bench:
         number = bench.dump(slave)
         tty.finish(bench.dumping).forget()
         os.close(slave)
@@ -441,6 +459,21 @@ def test_a_session_from_outside_is_refused() -> None:
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
     with Bench() as bench, pytest.raises(Unsupported, match=f"session {os.getpid()}, whose leader"):
         bench.dump(master)
+
+
+@alone
+def test_a_line_discipline_of_its_own_is_refused() -> None:
+    _, slave = pair()
+    for number in (3, 1, 27):  # N_PPP, N_SLIP, N_NULL: whichever this kernel has
+        try:
+            fcntl.ioctl(slave, 0x5423, struct.pack("i", number))  # TIOCSETD
+            break
+        except OSError:
+            continue
+    else:
+        return
+    with Bench() as bench, pytest.raises(Unsupported, match="line discipline"):
+        bench.check(slave)
 
 
 @alone

@@ -68,6 +68,8 @@ sent = [b"one", b"", b"x" * 70000, b"three", bytes(range(256)) * 300]
 for t, (a, b) in pairs.items():
     for data in sent: a.sendall(data) if t == STREAM else a.send(data)
     b.sendall(b"back")
+roomy = socketpair(AF, STREAM); roomy[0].setsockopt(SOL_SOCKET, 32, 4000000); roomy[0].setblocking(False)
+much = roomy[0].send(bytes(2500000)); roomy[0].setsockopt(SOL_SOCKET, SO_SNDBUF, 5000)
 """,
         """
 for t, (a, b) in pairs.items():
@@ -75,6 +77,7 @@ for t, (a, b) in pairs.items():
     same(t, b"".join(got) if t == STREAM else got, b"".join(sent) if t == STREAM else sent)
     same("back", drain(a), [b"back"])
     a.send(b"more"); same("more", drain(b), [b"more"])
+same("much", (len(b"".join(drain(roomy[1]))), much), (2500000, 2500000))
 """,
     )
 
@@ -123,6 +126,7 @@ for i in range(3):
     same("who", who, b"\\0torpor-%d-%d" % (os.getpid(), i))
     same("waited", one.recv(9), b"%d" % i)
     same("cred of the accepted", cred(one), (pid, 55, 44))
+    same("groups of the accepted", struct.unpack("II", one.getsockopt(SOL_SOCKET, 59, 64)), (7, 8))
 info = os.stat("d/sock")
 same("file", (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid), (0o646, 5, 6))
 late = socket(AF, STREAM); late.connect("d/sock")
@@ -303,6 +307,120 @@ same("options", (state(a), state(b), times(a)), before)
 same("flags", os.get_blocking(b.fileno()), False)
 same("owner", (fcntl.fcntl(b, 9), fcntl.fcntl(b, 11)), (os.getpid(), 40))
 """,
+    )
+
+
+def test_as_many_may_wait_as_before(trip) -> None:
+    trip(
+        """
+def listener(kind, backlog):
+    s = socket(AF, kind); s.bind(b"\\0torpor-backlog-%d-%d-%d" % (os.getpid(), kind, backlog)); s.listen(backlog); return s
+def client(to):
+    s = socket(AF, to.type); s.setblocking(False); s.connect(to.getsockname()); return s
+few, none, packets, fewer = listener(STREAM, 3), listener(STREAM, 0), listener(PACKET, 2), listener(STREAM, 9)
+waiting = [client(packets), *(client(fewer) for _ in range(5))]; fewer.listen(1)
+""",
+        """
+def fits(to):
+    found = []
+    try:
+        while True: found.append(client(to))
+    except BlockingIOError: return len(found)
+same("more than the backlog", [fits(one) for one in (few, none, packets, fewer)], [4, 1, 2, 0])
+same("pending", [s.accept()[0].type for s in (few, none, packets, fewer)], [STREAM, STREAM, PACKET, STREAM])
+for n in range(4): fewer.accept()
+fewer.setblocking(False)
+try: fewer.accept(); errors.append("a sixth waits")
+except BlockingIOError: pass
+""",
+    )
+
+
+def test_who_made_a_pair_is_seen_at_both_ends(trip) -> None:
+    trip(
+        """
+def seen(): return [(cred(s), s.getsockopt(SOL_SOCKET, 59, 64)) for pair in pairs for s in pair]
+os.setgroups([7, 8]); os.setegid(44); os.seteuid(55)
+pairs = [socketpair(AF, t) for t in (STREAM, DGRAM, PACKET)]
+os.seteuid(0); os.setegid(0); os.setgroups([])
+pairs.append(socketpair(AF, STREAM))
+before = seen()
+same("cred", [one for one, _ in before], [(os.getpid(), 55, 44)] * 6 + [(os.getpid(), 0, 0)] * 2)
+""",
+        'same("seen", seen(), before)',
+    )
+
+
+def test_one_of_a_pair_has_found_another_peer(trip) -> None:
+    trip(
+        """
+import ctypes
+def refused(s):
+    try: s.send(b"x"); return 0
+    except OSError as error: return error.errno
+stays, moved = socketpair(AF, DGRAM)
+other = socket(AF, DGRAM); other.bind("other")
+moved.connect("other"); moved.send(b"to the other")
+left, alone = socketpair(AF, DGRAM)
+same("disconnect", ctypes.CDLL(None).connect(alone.fileno(), struct.pack("H14x", 0), 16), 0)
+left.send(b"one way")
+before = refused(stays), refused(alone)
+same("before", before, (errno.EPERM, errno.ENOTCONN))
+""",
+        """
+same("kept", (drain(other), drain(moved), drain(alone)), ([b"to the other"], [], [b"one way"]))
+same("refused", (refused(stays), refused(alone)), before)
+moved.send(b"again"); left.send(b"more")
+same("sent", (drain(other), drain(alone)), ([b"again"], [b"more"]))
+same("peer", moved.getpeername(), "other")
+""",
+    )
+
+
+def test_an_accepted_one_keeps_the_name_of_a_listener_that_is_closed(trip) -> None:
+    trip(
+        """
+hidden = b"\\0torpor-closed-%d" % os.getpid()
+ends = []
+for name, kind in (("closed", STREAM), (hidden, STREAM), ("packets", PACKET)):
+    listener = socket(AF, kind); listener.bind(name); listener.listen(2)
+    client = socket(AF, kind); client.connect(name); server = listener.accept()[0]; listener.close()
+    client.send(b"waits"); ends.append((client, server, name))
+os.chmod("closed", 0o640); os.unlink("packets")
+""",
+        """
+for client, server, name in ends:
+    same("names", (client.getpeername(), server.getsockname(), client.getsockname(), server.getpeername()), (name, name, "", ""))
+    same("data", server.recv(9), b"waits"); server.send(b"reply"); same("reply", client.recv(9), b"reply")
+same("file", stat.S_ISSOCK(os.stat("closed").st_mode), True)
+same("gone", os.path.exists("packets"), False)
+for kind, name in ((STREAM, "closed"), (STREAM, hidden)):
+    try: socket(AF, kind).connect(name); errors.append(f"{name} is listened to")
+    except ConnectionRefusedError: pass
+""",
+    )
+
+
+def test_options_that_a_dump_and_a_restore_need_themselves(start: Targets, library: Library, images: str, trip) -> None:
+    """Where to look next (SO_PEEK_OFF), and whether the program has chosen the sizes of buffers (SO_BUF_LOCK)."""
+    target = start.python(
+        HEAD + "a, b = socketpair(AF, STREAM); a.send(b'0123456789'); b.setsockopt(SOL_SOCKET, 42, 4)\n"
+        "ready(); wait_told('go')\nsame('next', b.recv(2, MSG_PEEK), b'45'); same('off', b.getsockopt(SOL_SOCKET, 42), 6)" + TAIL
+    )
+    library.dump(target.pid, images, leave_running=True)
+    target.go()
+    trip(
+        """
+a, b = socketpair(AF, STREAM)
+a.setblocking(False)
+try:
+    while True: a.send(b"x" * 30000)
+except BlockingIOError: pass
+c, d = socketpair(AF, DGRAM); c.setsockopt(SOL_SOCKET, 72, 2); d.setsockopt(SOL_SOCKET, SO_SNDBUF, 100000)
+d.setsockopt(SOL_SOCKET, 72, 0)
+before = [state(s) for s in (a, b, c, d)]
+""",
+        'same("options", [state(s) for s in (a, b, c, d)], before)',
     )
 
 

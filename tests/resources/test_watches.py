@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from kit import Library, Target, Targets
+from kit import Library, Target, Targets, run_criu
 from torpor.errors import Unsupported
+from torpor.resources import FileKinds
 
 HEAD = """
 import ctypes, os, struct, sys
@@ -50,6 +53,28 @@ done(not errors, "; ".join(errors)[:2000])
 CREATE, DELETE, MODIFY, CLOSE_WRITE, OPEN, ATTRIB = 0x100, 0x200, 0x2, 0x8, 0x20, 0x4
 
 
+def test_what_is_renamed_after_the_preflight_is_found(tmp_path: Path) -> None:
+    """The dump is told where it was, and another file may have that name by then."""
+    from kit.file_bench import Bench, source
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("")
+    libc = ctypes.CDLL(None)
+    fd = libc.inotify_init1(0)
+    assert libc.inotify_add_watch(fd, os.fsencode(old), 2) > 0
+    kinds = FileKinds()
+    with Bench() as bench:
+        one = source(fd, 1)
+        kinds.find(one).check(one, bench.dumping)
+        bench.dumping.memo.clear()  # as the dump has a memory of its own
+        assert list(bench.dumping.hints.values()) == [os.fsencode(old)]
+        old.rename(new)
+        old.write_text("")
+        [watch] = kinds.find(one).dump(one, bench.dumping).wd
+        assert watch.f_handle.path == str(new)
+    os.close(fd)
+
+
 @pytest.fixture
 def trip(start: Targets, library: Library, images: str) -> Callable[..., Target]:
     """Starts a program in two halves, snapshots it between them, and asks what it thinks."""
@@ -68,11 +93,11 @@ def trip(start: Targets, library: Library, images: str) -> Callable[..., Target]
 
 
 def fdinfo(pid: int) -> list[str]:
-    """The watches of all descriptors, as the kernel shows them; a new ghost is another inode."""
+    """The watches of all descriptors, as the kernel shows them, by kind; a new ghost is another inode."""
     lines = []
     for fd in sorted(os.listdir(f"/proc/{pid}/fdinfo"), key=int):
         with open(f"/proc/{pid}/fdinfo/{fd}") as file:
-            lines += [line for line in file if "notify" in line]
+            lines += sorted((line for line in file if "notify" in line), key=lambda line: line.partition(":")[0])
     return lines
 
 
@@ -100,6 +125,64 @@ link = [(wds[4], 0x4, ""), (wds[4], 0x400, ""), (wds[4], 0x8000, ""), (wds[3], 0
 same("link", sorted(events(fd)), sorted(link))
 """,
     )
+
+
+UNREAD = """
+os.mkdir("d"); touch("d/file")
+fd, none, blocks = ok(libc.inotify_init1(os.O_NONBLOCK)), ok(libc.inotify_init1(os.O_NONBLOCK)), ok(libc.inotify_init1(0))
+wds = [add(fd, "d/file", 0x8), add(fd, "d", 0x300), add(none, "d", 0x300), add(blocks, "d", 0x300)]
+for n in range(3): touch(f"d/{n}"); touch("d/file")
+libc.inotify_rm_watch(none, wds[2])
+import select
+while len(events(none)) == 0: pass
+"""
+UNREAD_AFTER = """
+same("readable", select.select([fd, none, blocks], [], [], 0)[0], [fd, blocks])
+touch("d/file"); touch("d/new")
+same("told", events(fd), [(-1, 0x4000, ""), (wds[0], 0x8, ""), (wds[1], 0x100, "new")])
+same("blocks", events(blocks), [(-1, 0x4000, ""), (wds[3], 0x100, "new")])
+same("nothing", events(none), [])
+same("a new one", add(fd, "d/new", 2), max(wds[:2]) + 1)
+"""
+
+
+def test_a_program_with_unread_events_is_told_to_look_again(trip, images: str) -> None:
+    trip(UNREAD, UNREAD_AFTER)
+
+
+FANOTIFY_UNREAD = """
+os.mkdir("d"); touch("d/file")
+def group(flags, event_flags=0):
+    fd = ok(libc.fanotify_init(0x2 | flags, event_flags)); mark(fd, 0x1, 0x8 | 0x08000000, "d"); return fd
+names, content, pidfds, unlimited, none = group(0x400 | 0x800), group(0x4, os.O_RDWR), group(0x80 | 0x200), group(0x10), group(0)
+blocks = ok(libc.fanotify_init(0, 0)); mark(blocks, 0x1, 0x8 | 0x08000000, "d")
+touch("d/one"); touch("d/two"); told_of(none)
+"""
+FANOTIFY_UNREAD_AFTER = """
+touch("d/file")
+for fd in (names, content, pidfds, blocks):
+    found = [(mask, file) for mask, file in told_of(fd)]
+    same(f"told {fd}", (len(found), found[0], found[1][0]), (2, (0x4000, -1), 0x8))
+    for _, file in found: file < 0 or os.close(file)
+for fd in (unlimited, none): same(f"not told {fd}", [mask for mask, _ in told_of(fd)], [0x8])
+"""
+
+
+def test_a_program_with_unread_events_of_fanotify_is_told_to_look_again(trip) -> None:
+    trip(FANOTIFY_UNREAD, FANOTIFY_UNREAD_AFTER)
+
+
+def test_unread_events_are_named(start: Targets, images: str) -> None:
+    target = start.python(
+        HEAD + UNREAD + "wait = ok(libc.fanotify_init(0x2, 0)); mark(wait, 0x1, 0x20, 'd/file'); open('d/file').close()\n"
+        "tell('fds', f'{fd} {blocks} {wait}')\nready(); wait_told('go')\n"
+        "same('left running', [e[0] for e in events(fd)], [wds[1], wds[0]] * 3)\n" + TAIL
+    )
+    inotify, blocks, fanotify = target.read("fds").split()
+    result = run_criu("dump", images, "-t", target.pid, "-R").must()
+    for fd, count in ((inotify, 3 * (16 + 32)), (blocks, 3 * 32), (fanotify, 24)):
+        assert re.search(rf"Warn: .*fd {fd} .*: {count} bytes of events", result.log), (fd, count, result.log)
+    target.go()
 
 
 def test_a_watched_file_that_is_deleted_but_open(start: Targets, library: Library, images: str) -> None:
@@ -148,6 +231,48 @@ same("c", [mask for mask, _ in told_of(fd)], [0x2])
 same("file system", [mask for mask, _ in told_of(reports) if mask & 0x10] != [], True)
 """,
     )
+
+
+REPORTS = """
+def group(flags, event_flags=0): return ok(libc.fanotify_init(0x2 | flags, event_flags))
+def try_mark(fd, flags, mask, path):
+    try: mark(fd, flags, mask, path); marked.append((fd, flags, mask))
+    except OSError as error: refused.append((hex(flags), hex(mask), error.errno))
+marked, refused = [], []
+os.mkdir("d"); os.mkdir("e"); touch("d/a"); touch("e/a")
+IGNORE, SURV, EVICTABLE, MOUNT, FILESYSTEM, ONDIR, ON_CHILD = 0x400, 0x40, 0x200, 0x10, 0x100, 0x40000000, 0x08000000
+names = group(0x400 | 0x800)  # FAN_REPORT_DFID_NAME
+try_mark(names, 1, 0x100 | 0x200 | ON_CHILD | ONDIR, "d")  # FAN_CREATE, FAN_DELETE
+try_mark(names, 1 | FILESYSTEM, 0x400, ".")  # FAN_DELETE_SELF
+targets = group(0x200 | 0x400 | 0x800 | 0x1000)  # and FAN_REPORT_TARGET_FID
+try_mark(targets, 1, 0x10000000 | ONDIR, "d")  # FAN_RENAME
+try_mark(targets, 1 | EVICTABLE, 0x100, "e")
+thread, pidfd, content, many = group(0x100), group(0x80), group(0x4), group(0x10 | 0x20, os.O_RDWR | os.O_CLOEXEC | os.O_APPEND)
+try_mark(thread, 1, 0x8, "d/a"); try_mark(pidfd, 1, 0x20, "d/a"); try_mark(content, 1, 0x10 | 0x8, "d/a")
+try_mark(many, 1 | MOUNT, 0x8, "."); try_mark(many, 1 | MOUNT | 0x20 | SURV, 0x10, "."); try_mark(many, 1 | MOUNT | IGNORE | SURV, 0x20, "/proc")
+ignoring = group(0)
+try_mark(ignoring, 1, 0x8 | ON_CHILD, "d"); try_mark(ignoring, 1 | IGNORE | SURV, 0x8, "d/a")
+try_mark(ignoring, 1 | FILESYSTEM | IGNORE | SURV, 0x20 | ONDIR, "."); try_mark(ignoring, 1 | 0x20 | SURV, 0x8, "e")
+"""
+REPORTS_AFTER = """
+def masks(fd): return [mask & 0xffffffff for mask, file in told_of(fd)]
+# What marks a mount or a file system is told of what others do there, too.
+for fd in (targets, thread, pidfd, content, ignoring): same("quiet", masks(fd), [])
+if (targets, 1, 0x10000000 | ONDIR) in marked:
+    os.rename("d/a", "d/b"); os.rename("d/b", "d/a")
+    same("renamed", masks(targets), [0x10000000] * 2)
+touch("d/a")
+same("thread", masks(thread), [0x8]); same("ignoring", masks(ignoring), [])
+touch("d/new"); os.unlink("d/new")
+same("created", [mask & 0x300 for mask in masks(names) if mask & 0x300], [0x300])
+same("not ignored", masks(ignoring), [0x8])
+same("many", bool(masks(many)), True)
+"""
+
+
+def test_fanotify_of_all_kinds(trip) -> None:
+    target = trip(REPORTS + "tell('refused', repr(refused))", REPORTS_AFTER)
+    assert target.read("refused") == "[]"
 
 
 def test_who_grants_access_is_refused(start: Targets, library: Library, images: str) -> None:

@@ -26,6 +26,7 @@ TIOCGETD, TIOCGSID, TIOCGPTPEER = 0x5424, 0x5429, 0x5441
 TIOCGLCKTRMIOS, TIOCSLCKTRMIOS = 0x5456, 0x5457
 TIOCGPTN, TIOCSPTLCK, TIOCGDEV = 0x80045430, 0x40045431, 0x80045432
 TIOCGPKT, TIOCGPTLCK, TIOCGEXCL = 0x80045438, 0x80045439, 0x80045440
+KDGETMODE, VT_GETMODE, VT_MODE_BYTES, VT_PROCESS = 0x4B3B, 0x5601, 8, 1  # uapi/linux/kd.h, vt.h
 
 #: /dev/tty, /dev/console, /dev/ptmx, and the slaves of ptys: Documentation/admin-guide/devices.txt
 CTTY_DEVICE, CONSOLE_DEVICE, MASTER_DEVICE = (5, 0), (5, 1), (5, 2)
@@ -163,7 +164,8 @@ def hung_up(fd: int) -> bool:
     except OSError as error:
         if error.errno == errno.EIO:
             return True
-        raise
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):  # a line discipline of another kind may not know of it
+            raise
     return False
 
 
@@ -171,13 +173,15 @@ def open_peer(master: int, flags: int) -> int:
     """The slave of a pty, opened through its master; never as a controlling terminal.
 
     Linux kernel commit 54ebbfb16034 ("tty: add TIOCGPTPEER ioctl") (in v4.13). What it opens lacks
-    O_LARGEFILE, so where the flags have that the slave is opened once more, by its path.
+    O_LARGEFILE, so where the flags have that the slave is opened once more, by its path. And what is asked for
+    with O_CLOEXEC shows that as a flag of the description for ever, in fdinfo too.
     """
-    plain = flags & (os.O_ACCMODE | os.O_NONBLOCK) | os.O_NOCTTY | os.O_CLOEXEC
+    plain = flags & (os.O_ACCMODE | os.O_NONBLOCK) | os.O_NOCTTY
     peer = fcntl.ioctl(master, TIOCGPTPEER, plain)
+    os.set_inheritable(peer, False)
     if not flags & 0o100000:
         return peer
     try:
-        return os.open(f"/proc/self/fd/{peer}", plain)
+        return os.open(f"/proc/self/fd/{peer}", plain | os.O_CLOEXEC)
     finally:
         os.close(peer)

@@ -2,27 +2,26 @@
 
 The kernel notes who connects sockets (SO_PEERCRED) and who sends messages (SCM_CREDENTIALS). A child that
 shares our descriptors does these things, so that what it makes is ours at once. Its number is free
-again when it is done. Kernel: kernel/fork.c, CLONE_FILES; net/unix/af_unix.c, init_peercred()
+again when it is done. Kernel: kernel/fork.c, CLONE_FILES and CLONE_VFORK; net/unix/af_unix.c, init_peercred()
 """
 
 from __future__ import annotations
 
 import errno
-import gc
-import marshal
 import os
-import signal
 import struct
 
 from ..errors import KernelError, TorporError
-from ..linux.call import address_of, buffer, call
+from ..linux.call import call
+from ..linux.launch import aside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-CLONE_FILES, WALL = 0x400, 0x40000000
+WALL = 0x40000000
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 _KEEP = (1 << 32) - 1
 
 
@@ -46,53 +45,15 @@ class Identity:
 
 
 def apart(action: Callable[[], Any], who: Identity | None = None, *, root: str = "", folder: str = "") -> Any:
-    """What ``action()`` returns when a child process calls it: numbers, bytes, tuples and lists of such.
+    """What ``action()`` returns when a child process calls it.
 
     ``root`` becomes its root directory, then ``folder`` its working directory. If the pid is in use, another one
-    is taken. An OSError of the action is raised here. It must not import anything.
+    is taken. What the action raises is raised here. It shares our memory: other threads may be at anything meanwhile.
     """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        child = _clone(who.pid if who else 0)
-        if child == 0:
-            _be_child(action, who, root, folder, writer)
-        try:
-            _, status = os.waitpid(child, WALL)
-        except BaseException:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, WALL)
-            raise
-        answer = os.read(reader, 1 << 16) if status == 0 else b""
-    finally:
-        os.close(reader)
-        os.close(writer)
-    if not answer:
-        raise KernelError(f"a helper process (it ended with status {status:#x})", errno.ECHILD)
-    failed, number, result = marshal.loads(answer)
-    if failed:
-        raise KernelError(failed, number) if number else TorporError(failed)
-    return result
+    answer: list[Any] = []
+    failure: list[BaseException] = []
 
-
-def _clone(pid: int) -> int:
-    number = buffer(4)
-    struct.pack_into("<i", number, 0, pid)
-    # No signal when it ends: the parent may have a handler that waits for its own children.
-    chosen = (address_of(number), 1) if pid > 0 else (0, 0)
-    args = struct.pack("<11Q", CLONE_FILES, 0, 0, 0, 0, 0, 0, 0, *chosen, 0)
-    try:
-        return call("clone3", args, len(args))
-    except KernelError as error:
-        if error.errno not in (errno.EEXIST, errno.EINVAL) or not pid:
-            raise
-        return _clone(0)
-
-
-def _be_child(
-    action: Callable[[], Any], who: Identity | None, root: str, folder: str, writer: int
-) -> None:
-    try:
-        gc.disable()  # what it would close is the parent's too
+    def be_child() -> None:
         try:
             if root:
                 os.chroot(root)
@@ -100,16 +61,31 @@ def _be_child(
                 os.chdir(folder)
             if who is not None and who.uid is not None:
                 _become(who)
-            answer = ("", 0, action())
-        except OSError as error:
-            what = error.call if isinstance(error, KernelError) else str(error.filename or "system call")
-            answer = (what, error.errno or errno.EIO, None)
-        except TorporError as error:
-            answer = (str(error), 0, None)
-        os.write(writer, marshal.dumps(answer))
-        os._exit(0)
-    finally:
-        os._exit(1)
+            answer.append(action())
+        except BaseException as error:
+            failure.append(error)
+
+    # Kernel: commit_creds() in kernel/cred.c takes it from the memory, which is ours, when ids change.
+    dumpable = call("prctl", PR_GET_DUMPABLE, 0, 0, 0, 0)
+    child = _clone(be_child, who.pid if who else 0)
+    os.waitpid(child, WALL)
+    if who is not None and who.uid is not None and dumpable < 2:
+        call("prctl", PR_SET_DUMPABLE, dumpable, 0, 0, 0)
+    if failure:
+        error = failure[0]
+        if isinstance(error, OSError) and not isinstance(error, TorporError):
+            raise KernelError(str(error.filename or "system call"), error.errno or errno.EIO) from error
+        raise error
+    return answer[0]
+
+
+def _clone(action: Callable[[], None], pid: int) -> int:
+    try:
+        return aside(action, pid)
+    except KernelError as error:
+        if error.errno not in (errno.EEXIST, errno.EINVAL) or not pid:
+            raise
+        return aside(action, 0)
 
 
 def _become(who: Identity) -> None:

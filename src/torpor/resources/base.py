@@ -6,12 +6,15 @@ Being in the folder is the registration: each module in ``files/`` ends in ``RES
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from ..errors import Unsupported
 from ..linux.kernel import pidfd_getfd
 from ..proc.fdinfo import parse as parse_fdinfo
 from ..undo import Undo
+from . import fown
+from .descriptors import Descriptors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar
 
     from ..images.schema import Message
+    from ..linux.task_files import OpenFile
     from ..proc.fdinfo import Fdinfo
     from ..remote.program import Program
 
@@ -27,14 +31,15 @@ class SourceFile:
     """An open file description of a task that is being dumped, seen through one of its descriptors.
 
     ``link`` is what /proc/PID/fd/N points to, ``stat`` the result of stat(2) through it, ``id`` its number in the
-    images.
+    images. ``seen`` is what the kernel itself has about it, None where that cannot be seen.
     """
 
-    __slots__ = ("_fdinfo", "borrow", "fd", "holder", "id", "link", "pid", "stat")
+    __slots__ = ("_fdinfo", "_flags", "borrow", "fd", "holder", "id", "link", "pid", "seen", "stat")
 
     def __init__(
-        self, pid: int, fd: int, link: str, stat: os.stat_result, borrow: Callable[[], int], file_id: int = 0
-    ) -> None:
+        self, pid: int, fd: int, link: str, stat: os.stat_result, borrow: Callable[[], int], file_id: int = 0,
+        seen: OpenFile | None = None,
+    ) -> None:  # fmt: skip
         self.pid = pid
         #: The task that holds it, or the socket that it is in flight in: then ``pid`` is our own.
         self.holder = pid
@@ -45,7 +50,9 @@ class SourceFile:
         #: Gives a descriptor of ours for the same description (pidfd_getfd). The caller must not close it: it is
         #: shared by all who ask, and closed with the dump.
         self.borrow = borrow
+        self.seen = seen
         self._fdinfo: Fdinfo | None = None
+        self._flags = -1 if seen is None else seen.flags & ~os.O_CLOEXEC
 
     @property
     def path(self) -> str:
@@ -64,12 +71,14 @@ class SourceFile:
     @property
     def flags(self) -> int:
         """Status flags of the description (octal in fdinfo); the descriptor's close-on-exec bit is not among them."""
-        return int(self.fdinfo[b"flags"][0], 8) & ~os.O_CLOEXEC
+        if self._flags < 0:
+            self._flags = int(self.fdinfo[b"flags"][0], 8) & ~os.O_CLOEXEC
+        return self._flags
 
     @property
     def pos(self) -> int:
         """The file position."""
-        return int(self.fdinfo[b"pos"][0])
+        return self.seen.pos if self.seen is not None else int(self.fdinfo[b"pos"][0])
 
 
 class FileResource:
@@ -97,6 +106,12 @@ class FileResource:
         """
         raise NotImplementedError
 
+    def check_restore(self, entries: list[Message], ctx: BuildContext) -> None:
+        """Raise Unsupported or ImageError for what cannot be restored here, given all entries of this kind.
+
+        Nothing has been created yet, and ``ctx.inherited`` is known. Entries may be changed: what is left is restored.
+        """
+
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         """Make the open file description again in this process; returns a descriptor, which the engine takes over."""
         raise NotImplementedError
@@ -110,20 +125,31 @@ class FileResource:
     def settle_each(self, entry: Message, fd: int, task: Any, program: Program, ctx: BuildContext) -> None:
         """As settle, but called for every task (a RestoredTask) and descriptor that holds it: posix locks, …."""
 
+    def settles_each(self, ctx: BuildContext) -> bool:
+        """Is settle_each() to be called? All files have been made."""
+        return type(self).settle_each is not FileResource.settle_each
+
 
 class TaskResource:
     """A part of a task's or thread's state. Subclasses set ORDER and define some of ask, dump, restore."""
 
     #: "process": once, in the main thread; "thread": in every thread, the main one included.
     PER: ClassVar[str] = "process"
+    #: Do copies have what :meth:`outside` does from their template's held process, which they are forked from?
+    INHERITED: ClassVar[bool] = True
     #: Restored in this order within a task: 10 early (needs nothing) … 50 usual … 90 takes privileges away.
     ORDER: ClassVar[int] = 50
 
     def ask(self, program: Program, thread: Any) -> Any:
         """Append getters that the thread itself runs; returns whatever dump() needs to find their results.
 
-        They are the same for all threads with as many supplementary groups, main threads and others apart: asked once.
+        They are asked for once, and run in all threads with as many supplementary groups, main threads and others
+        apart; what else they depend on, :meth:`varies` says.
         """
+        return None
+
+    def varies(self, thread: Any) -> object:
+        """What the getters of this thread depend on, to be compared with another's."""
         return None
 
     def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
@@ -158,11 +184,16 @@ MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE, MAP_HUGETLB, MAP_FIXED_NOREPLACE = 0x1
 class MappingResource:
     """A kind of mapping."""
 
-    #: The kinds of proc/maps.py that it takes, and the vma_entry.status bits by which restore knows it.
+    #: The kinds of proc/maps.py that it takes, and the vma_entry.status by which restore knows it: some bit of STATUS,
+    #: and none of STATUS_NOT.
     KINDS: ClassVar[tuple[str, ...]] = ()
+    STATUS: ClassVar[int] = 0
+    STATUS_NOT: ClassVar[int] = 0
     PRIORITY: ClassVar[int] = 50
     #: Are there pages that belong to the task alone (as against a file or a shared object)?
     PRIVATE_PAGES: ClassVar[bool] = True
+    #: Is it to be made before other mappings? ``ctx.memo["occupied"]`` has the (start, end) of what is there by then.
+    FIRST: ClassVar[bool] = False
 
     def claims(self, mapping: Any) -> bool:
         """Is this mapping (model.source.Mapping) one of ours? Asked when KINDS matches."""
@@ -177,9 +208,13 @@ class MappingResource:
         """
         raise NotImplementedError
 
-    def restores(self, entry: Message) -> bool:
-        """Is this vma_entry one of ours? Its ``status`` alone tells."""
-        raise NotImplementedError
+    def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
+        """May copies of one snapshot have it from a common ancestor by fork(2), being alone with what they write?"""
+        return True
+
+    def joins(self, entry: Message) -> bool:
+        """May it be made by one call together with a neighbour of which this is true as well, with the same flags?"""
+        return False
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         """Make what the mapping needs (open its file) in the builder."""
@@ -199,10 +234,19 @@ class DumpContext:
         self.tasks: dict[int, Any] = {}
         #: Anything that entries of one kind must share (a pipe's two ends): key → value, keys are (kind, …).
         self.memo: dict[Any, Any] = {}
+        #: What the preflight has found, where it may save a search: it may be true no longer.
+        self.hints: dict[Any, Any] = {}
+        #: What the tasks have open.
+        self.descriptors = Descriptors()
         #: Gives the id of the description behind a descriptor of ours, which is dumped if it is new: for files
         #: that are in flight in the socket that is the second argument. Set by the engine; the descriptor must
         #: stay open as long as the dump.
         self.file_id: Callable[[int, SourceFile], int]
+        #: The number by which the tree knows what is a task, process group or session of this number to us; 0: it does
+        #: not.
+        self.number: Callable[[int], int] = self._number
+        #: Where the tree's /proc is.
+        self.proc = "/proc"
         #: What was changed about the tasks' things, to be taken back if they are to live on.
         self.undo = Undo()
         #: Called when the dump ends, however it does.
@@ -231,6 +275,7 @@ class DumpContext:
             os.close(fd)
         self._borrowed.clear()
         self._adopted.clear()
+        self.descriptors.close()
 
     def new_id(self, kind: str) -> int:
         """The next number (from 1) of an id space of the images: "file", "shmem", "pipe", "ghost", …"""
@@ -240,9 +285,46 @@ class DumpContext:
 
     def fown(self, source: SourceFile) -> Message:
         """The fown_entry of a description: who gets SIGIO, and with which credentials it was asked for."""
-        from .fown import dump
+        return fown.dump(source, self.number)
 
-        return dump(source)
+    def _number(self, pid: int) -> int:
+        """As ``number``, where the tree's root may be in a pid namespace below ours."""
+        numbers: dict[int, int] | None = self.memo.get("numbers")
+        if numbers is None and self.tasks:
+            numbers = self.memo["numbers"] = {}
+            for task in self.tasks.values():
+                if task.pid != task.vpid:
+                    numbers[task.stat.pgrp] = task.group
+                    numbers[task.pid] = task.vpid
+                    numbers.update((thread.tid, thread.vtid) for thread in task.threads)
+        return numbers.get(pid, pid) if numbers else pid
+
+
+class Inherited(dict[str, int]):
+    """Keys given by --inherit-fd → descriptor. ``wanted``: those of the keys that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted: set[str] = set()
+
+    def lend(self, key: str, fd: int) -> None:
+        """Let ``fd`` stand for what ``key`` names, in the form of /proc or that of CRIU's manual (``pipe[INODE]``)."""
+        for kind in ("pipe", "socket"):
+            if key.startswith(f"{kind}["):
+                key = f"{kind}:{key.removeprefix(kind)}"
+        self[key] = fd
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.wanted.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.wanted.add(str(key))
+        return super().__contains__(key)
+
+    def unused(self) -> list[str]:
+        """Keys that nobody has asked for."""
+        return [key for key in self if key not in self.wanted]
 
 
 class BuildContext:
@@ -262,17 +344,21 @@ class BuildContext:
         #: Descriptors below this number belong to restored tasks; the builder's own lie above, listed in ``kept``.
         self.first_free_fd = 3
         self.kept: list[int] = []
+        #: Those of ``kept`` that have the numbers of a task's descriptors already.
+        self.in_place: set[int] = set()
         #: Where that is not possible: numbers between the tasks'.
         self.gaps: Iterator[int] | None = None
+        #: Numbers of processes and threads in the images → as we see them, once they are there.
+        self.live: dict[int, int] = {}
+        #: What will not be as it was, a line each, for who wants it explained.
+        self.notes: list[str] = []
         #: Keys given by --inherit-fd → descriptor.
-        self.inherited: dict[str, int] = {}
+        self.inherited = Inherited()
 
     def keep(self, fd: int) -> int:
         """Take over a descriptor that tasks will need: it is moved out of the way of theirs and lasts until they
         run.
         """
-        import fcntl
-
         if self.gaps is None:
             kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self.first_free_fd)
         else:
@@ -283,6 +369,21 @@ class BuildContext:
         os.close(fd)
         self.kept.append(kept)
         return kept
+
+    def keep_at(self, fd: int, number: int, spare: list[int]) -> int:
+        """As :meth:`keep`, but under the ``number`` that it is to have in the end if that is free here.
+
+        The kernel gives the lowest free number; one below is left in ``spare`` to be taken, so that of numbers that go
+        up most come by themselves.
+        """
+        if fd < number:
+            spare.append(fd)
+            fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, number)
+        if fd != number:
+            return self.keep(fd)
+        self.kept.append(fd)
+        self.in_place.add(fd)
+        return fd
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The value remembered under ``key``; ``make()`` it the first time."""
@@ -299,8 +400,6 @@ class BuildContext:
 
 
 def _is_open(fd: int) -> bool:
-    import fcntl
-
     try:
         fcntl.fcntl(fd, fcntl.F_GETFD)
     except OSError:

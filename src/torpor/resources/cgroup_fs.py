@@ -11,8 +11,6 @@ import os
 
 from ..errors import KernelError, Unsupported, UsageError
 from ..linux.call import call
-from ..proc import cgroup as proc_cgroup
-from ..proc import mountinfo
 from ..proc.read import read, read_system
 
 TYPE_CHECKING = False
@@ -63,6 +61,8 @@ def groups_of(text: bytes, chosen: tuple[str, ...] = ()) -> dict[str, bytes]:
 
     ``chosen`` are the names of those that are wanted, if not all are.
     """
+    from ..proc import cgroup as proc_cgroup
+
     found = {",".join(one.controllers): one.path for one in proc_cgroup.parse(text)}
     return {name: found[name] for name in sorted(found) if not chosen or name in chosen}
 
@@ -132,6 +132,8 @@ def _mount(name: str, create: bool) -> int:
 
 def _mounted(name: str) -> int:
     """The root of a hierarchy where it is mounted for us, open; -1 if it is not."""
+    from ..proc import mountinfo
+
     wanted = {name.encode()} if name.startswith("name=") else set(name.encode().split(b","))
     for mount in mountinfo.parse(read(os.getpid(), "mountinfo")):
         fits = mount.fstype == b"cgroup2" if not name else (

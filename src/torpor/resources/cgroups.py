@@ -1,7 +1,8 @@
 """Control groups: where the threads of a tree are, and how those groups are set up. Image: cgroup.img.
 
 A set is where a thread is in every hierarchy. Threads in the set that we are in ourselves stay with whoever restores
-them; nothing is written if that is all. Restore: cgroups_build.py. Kernel: kernel/cgroup/cgroup.c.
+them; nothing is written if that is all. A tree may have a cgroup namespace of its own: what it takes for the root of a
+hierarchy is where the namespace was made. Restore: cgroups_build.py. Kernel: kernel/cgroup/cgroup.c, namespace.c.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 
 from ..errors import Unsupported, doing
 from ..images import schema as pb
+from ..linux.call import call
 from ..proc.read import read
 from . import cgroup_fs as fs
 
@@ -23,28 +25,74 @@ if TYPE_CHECKING:
 
 #: The number of our own set: inventory.root_cg_set.
 OWN_SET = 1
+#: The number of a tree's own namespace in the images, behind those of the host's and the network's.
+NUMBER = 10
+CLONE_NEWCGROUP = 0x02000000
 
 
 class _Sets:
-    """The sets found so far, numbered."""
+    """The sets found so far, numbered. ``roots``: what the tree's own namespace shows as the roots of hierarchies."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, roots: dict[str, bytes]) -> None:
         self.options = options
         self.properties = fs.known_properties(options)
         self.own = read(os.getpid(), "cgroup")
         self.numbers: dict[bytes, int] = {}
         self.sets: list[dict[str, bytes]] = []  # set n is at n - 1
+        self.roots: dict[str, bytes] = {}
         self.number(self.own)
+        self.roots = roots
+        if roots:  # seen from another namespace our set is not ours any more
+            self.numbers.clear()
 
     def number(self, text: bytes) -> int:
         """The set of a /proc/PID/cgroup."""
         known = self.numbers.get(text)
         if known is None:
             groups = fs.groups_of(text, self.options.cgroup_dump_controller)
-            if groups not in self.sets:
+            known = next((n for n, one in enumerate(self.sets, 1) if one == groups and (n > 1 or not self.roots)), 0)
+            if not known:
                 self.sets.append(groups)
-            known = self.numbers[text] = self.sets.index(groups) + 1
+                known = len(self.sets)
+            self.numbers[text] = known
         return known
+
+
+def is_own(pid: int) -> bool:
+    """Has a task another cgroup namespace than we have?"""
+    return os.stat(f"/proc/{pid}/ns/cgroup").st_ino != os.stat("/proc/thread-self/ns/cgroup").st_ino
+
+
+def roots(pid: int) -> dict[str, bytes]:
+    """What a task's cgroup namespace shows as the roots of hierarchies: name → path. Raises Unsupported.
+
+    The calling thread looks from inside: what it does not see of a path any more lies above the root.
+    """
+    whole = fs.groups_of(read(pid, "cgroup"))
+    back = os.open("/proc/thread-self/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        there = os.open(f"/proc/{pid}/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            call("setns", there, CLONE_NEWCGROUP)
+            try:
+                seen = fs.groups_of(read(pid, "cgroup"))
+            finally:
+                call("setns", back, CLONE_NEWCGROUP)
+        finally:
+            os.close(there)
+    finally:
+        os.close(back)
+    found = {}
+    for name, path in whole.items():
+        inside = seen[name].rstrip(b"/")
+        if not path.endswith(inside) or inside.startswith(b"/.."):
+            raise Unsupported(
+                f"it is in the control group `{name}:{path.decode(errors='replace')}`, outside of the root of its "
+                "cgroup namespace",
+                hint="move it back into a group below that root",
+            )
+        found[name] = path[: len(path) - len(inside)] or b"/"
+    return found
 
 
 def check(pid: int, ctx: DumpContext) -> None:
@@ -56,6 +104,8 @@ def check(pid: int, ctx: DumpContext) -> None:
     if own is None:
         fs.known_properties(ctx.options)
         own = ctx.memo["own control groups"] = read(os.getpid(), "cgroup")
+    if is_own(pid):
+        roots(pid)
     text = read(pid, "cgroup")
     if text == own:
         return  # we run there, so it is not frozen
@@ -91,7 +141,8 @@ def dump_thread(thread: Any, core: Message, ctx: DumpContext) -> None:
 
 def _sets(ctx: DumpContext) -> _Sets:
     if "cgroups" not in ctx.memo:
-        ctx.memo["cgroups"] = _Sets(ctx.options)
+        root = next(iter(ctx.tasks))
+        ctx.memo["cgroups"] = _Sets(ctx.options, roots(root) if is_own(root) else {})
     found: _Sets = ctx.memo["cgroups"]
     return found
 
@@ -104,7 +155,7 @@ def finish(ctx: DumpContext) -> None:
     entry = pb.cgroup_entry()
     for number, groups in enumerate(sets.sets, 1):
         if number != OWN_SET:
-            _put_set(entry.sets.add(id=number), groups)
+            _put_set(entry.sets.add(id=number), groups, sets.roots)
     hierarchies = fs.Hierarchies(ctx.options)
     try:
         for name in sorted({name for groups in sets.sets for name in groups}):
@@ -115,11 +166,20 @@ def finish(ctx: DumpContext) -> None:
     ctx.images.write_one("cgroup", entry)
 
 
-def _put_set(entry: Message, groups: dict[str, bytes]) -> None:
+def _put_set(entry: Message, groups: dict[str, bytes], roots: dict[str, bytes]) -> None:
     for name, path in groups.items():
         fs.refuse_outside(name, path)
         member = entry.ctls.add(name=name)
         pb.put_bytes(member, "path", path)
+        root = roots.get(name, b"/")
+        if not fs.is_below(path, root):
+            raise Unsupported(
+                f"a task is in the control group `{name}:{path.decode(errors='replace')}`, outside of the root of its "
+                "cgroup namespace",
+                hint="move it back into a group below that root",
+            )
+        if root != b"/":
+            member.cgns_prefix = len(root)
 
 
 def _put_hierarchy(entry: Message, name: str, sets: _Sets, hierarchies: fs.Hierarchies) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..images.schema import Message
+    from ..remote.program import Program
     from .base import BuildContext
 
 IMAGE = "cgroup.img"
@@ -42,6 +43,7 @@ GONE = frozenset((
     "memory.move_charge_at_immigrate",
 ))  # fmt: skip
 ROOT = b"/"
+CLONE_NEWCGROUP, SIGTRAP = 0x02000000, 5
 
 
 class Groups:
@@ -57,6 +59,8 @@ class Groups:
         self.threads: dict[int, Any] = {}
         #: set → hierarchy of this machine → path
         self.sets: dict[int, dict[str, bytes]] = {}
+        #: The root's set → hierarchy → where it is to be when it makes a cgroup namespace of its own.
+        self.roots: dict[int, dict[str, bytes]] = {}
         self.made: set[tuple[str, bytes]] = set()
         #: (hierarchy, path, entry) of what has properties to be set: all, when all groups exist, or at a later moment.
         self._chosen: list[tuple[str, bytes, Any]] = []
@@ -95,6 +99,8 @@ class Groups:
                         f"{_shown(name, places[name])} of one and {_shown(name, path)} of another",
                         hint="--cgroup-root",
                     )
+                if member.cgns_prefix:
+                    self.roots.setdefault(entry.id, {})[name] = path[: member.cgns_prefix]
 
     def root(self, name: str) -> int:
         """A hierarchy's root, open. Raises Unsupported where this machine cannot have it."""
@@ -317,11 +323,22 @@ class Groups:
         first = thread is task.threads[0]
         before = self._place(task.parent if first else task)
         wanted = self.sets.get(_set_of(thread.core), {}) if _set_of(thread.core) else before
+        if task.parent is None and first:
+            wanted = {**wanted, **self.roots.get(_set_of(thread.core), {})}
+        self._change(before, wanted, pid, whole=first)
+
+    def enter_namespace(self, task: Any) -> None:
+        """The root has made its cgroup namespace where its root is to be: move it on to where it belongs."""
+        number = _set_of(task.core)
+        wanted = self.sets[number]
+        self._change({**wanted, **self.roots[number]}, wanted, task.live_pid, whole=True)
+
+    def _change(self, before: dict[str, bytes], wanted: dict[str, bytes], pid: int, *, whole: bool) -> None:
         for name in {**before, **wanted}:
             path = wanted.get(name, self.own.get(name, ROOT))
             if path != before.get(name, self.own.get(name, ROOT)):
                 with doing(f"control group `{_shown(name, path)}`"):
-                    self._move(name, path, pid, whole=first)
+                    self._move(name, path, pid, whole=whole)
 
     def _move(self, name: str, path: bytes, pid: int, *, whole: bool) -> None:
         try:
@@ -375,6 +392,24 @@ def prepare(snapshot: Any, ctx: BuildContext) -> None:
             groups.add_set(one)
     groups.make_all(entry)
     ctx.memo.setdefault("after_mappings", []).append(groups.set_late)
+    if _set_of(snapshot.root.core) in groups.roots:
+        ctx.memo["cgroup namespace"] = groups
+
+
+def emit_namespace(program: Program, pid: int, ctx: BuildContext) -> None:
+    """Emit what the root of a tree with a cgroup namespace of its own does first: make it, and wait to be moved on."""
+    if "cgroup namespace" in ctx.memo:
+        program.call("unshare", CLONE_NEWCGROUP, why="a cgroup namespace of its own")
+        program.call("tgkill", pid, pid, SIGTRAP, why="wait to be moved to its groups")
+
+
+def entered_namespace(task: Any, ctx: BuildContext) -> bool:
+    """Is this the stop of :func:`emit_namespace`, of the root? It has been moved on then. Asked once."""
+    groups: Groups | None = ctx.memo.pop("cgroup namespace", None)
+    if groups is None:
+        return False
+    groups.enter_namespace(task)
+    return True
 
 
 def enter(tid: int, pid: int, ctx: BuildContext) -> None:
@@ -406,6 +441,11 @@ def _check(entry: Message) -> None:
         for member in one.ctls:
             if not pb.get_bytes(member.path).startswith(b"/"):
                 raise ImageError(IMAGE, f"sets[{index}]: {member.name}", "its path is not absolute")
+            path, prefix = pb.get_bytes(member.path), member.cgns_prefix
+            if prefix and (path + b"/")[prefix : prefix + 1] != b"/":
+                raise ImageError(
+                    IMAGE, f"sets[{index}]: {member.name}: cgns_prefix", f"{prefix} bytes of it are no group"
+                )
             _check_steps(pb.get_bytes(member.path), f"sets[{index}]: {member.name}")
     for controller in entry.controllers:
         for top in controller.dirs:
@@ -439,13 +479,19 @@ def _relocate(entry: Message, roots: tuple[tuple[str, str], ...]) -> None:
         if not new:
             continue
         target = b"/" + os.fsencode(new).strip(b"/")
-        olds = [_absolute(top.dir_name) for top in controller.dirs]
-        for one in entry.sets:
-            for member in one.ctls:
-                if set(controller.cnames) <= set(member.name.split(",")):
-                    pb.put_bytes(member, "path", _moved(pb.get_bytes(member.path), olds, target))
+        members = [
+            member for one in entry.sets for member in one.ctls if set(controller.cnames) <= set(member.name.split(","))
+        ]
+        # In a cgroup namespace of its own a tree knows everything below its root by name.
+        known = [pb.get_bytes(member.path)[: member.cgns_prefix] for member in members if member.cgns_prefix]
+        olds = known[:1] or [_absolute(top.dir_name) for top in controller.dirs]
+        for member in members:
+            pb.put_bytes(member, "path", _moved(pb.get_bytes(member.path), olds, target))
+            if member.cgns_prefix:
+                member.cgns_prefix = len(target)
         for top in controller.dirs:
-            pb.put_bytes(top, "dir_name", target.strip(b"/"))
+            place = _moved(_absolute(top.dir_name), olds, target) if known else target
+            pb.put_bytes(top, "dir_name", place.strip(b"/"))
 
 
 def _moved(path: bytes, olds: list[bytes], new: bytes) -> bytes:

@@ -20,6 +20,7 @@ import stat
 from ..errors import ImageError, KernelError
 from ..images import schema as pb
 from ..linux.call import call
+from . import xattrs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def _write(found: Found, number: int, ctx: DumpContext) -> None:
         entry.chunks, entry.size = True, result.st_size
     if stat.S_ISLNK(result.st_mode):
         pb.put_bytes(entry, "symlnk_target", _link_text(found))
+    else:
+        xattrs.dump(found.proc_link, entry.xattr)
     image = f"ghost-file-{number:x}"
     ctx.images.append(image, entry)
     if not stat.S_ISREG(result.st_mode):
@@ -226,7 +229,7 @@ def _make(ctx: BuildContext, number: int, users: list[Message]) -> Anchors:
             open_now(
                 ctx, found, [other for other in users if pb.get_bytes(other.name) == name], shown
             )
-    _fill(ctx, image, spans, next(iter(found.by_name.values())))
+    fill(ctx, image, spans, next(iter(found.by_name.values())))
     return found
 
 
@@ -319,25 +322,34 @@ def _create_at(path: bytes, entry: Message) -> None:
         os.mknod(path, kind | 0o600, entry.rdev)
 
 
-def _fill(ctx: BuildContext, image: str, spans: list[Any], anchor: int) -> None:
-    """Content, owner, mode and times; the file has no name any more."""
+def _fill_regular(source: int, image: str, spans: list[Any], path: str) -> None:
+    entry = spans[0].message
+    target = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        if entry.chunks:
+            os.ftruncate(target, entry.size)
+        for span in spans[1:] if entry.chunks else spans:
+            os.lseek(target, span.message.off if entry.chunks else 0, os.SEEK_SET)
+            if copy(source, span.offset, target, span.size) != span.size:
+                raise ImageError(f"{image}.img", "", "it shrinks as it is read")
+    finally:
+        os.close(target)
+
+
+def fill(ctx: BuildContext, image: str, spans: list[Any], anchor: int) -> None:
+    """Give a new file (our descriptor ``anchor``, which nobody finds by a name) content, owner, mode and times."""
     entry = spans[0].message
     path = f"/proc/self/fd/{anchor}"
     if stat.S_ISREG(entry.mode):
-        source, target = ctx.images.open(image), os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        source = ctx.images.open(image)
         try:
-            if entry.chunks:
-                os.ftruncate(target, entry.size)
-            for span in spans[1:] if entry.chunks else spans:
-                os.lseek(target, span.message.off if entry.chunks else 0, os.SEEK_SET)
-                if copy(source, span.offset, target, span.size) != span.size:
-                    raise ImageError(f"{image}.img", "", "it shrinks as it is read")
+            _fill_regular(source, image, spans, path)
         finally:
             os.close(source)
-            os.close(target)
     os.chown(path, entry.uid, entry.gid)
     if not stat.S_ISLNK(entry.mode):
         os.chmod(path, stat.S_IMODE(entry.mode))
+        xattrs.restore(path, entry.xattr)
     if entry.HasField("atim"):
         times = [time.tv_sec * 10**9 + time.tv_usec * 1000 for time in (entry.atim, entry.mtim)]
         if max(times) >= 1 << 63:  # the year 2262

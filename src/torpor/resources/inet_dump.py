@@ -10,11 +10,10 @@ from .. import log
 from ..errors import KernelError, Unsupported, doing
 from ..images import schema as pb
 from ..linux import inet_diag, sockets
-from ..linux.call import buffer, call
+from ..linux.call import call
 from ..linux.inet_diag import AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
-from ..linux.kernel import pidfd_getfd
-from ..proc.read import numbers
-from . import inet_options, network_lock, sockopts, tcp
+from . import inet_options, network_lock, sockopts, tcp, udp_queue
+from .asked import Alike
 from .base import unsupported
 from .inet_options import (
     IPPROTO_ICMP,
@@ -23,7 +22,6 @@ from .inet_options import (
     SOCK_DGRAM,
     SOCK_RAW,
     SOCK_STREAM,
-    number,
 )
 from .tcp_guard import Guard
 
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..images.schema import Message
+    from .asked import Asked
     from .base import DumpContext, SourceFile
 
 IPPROTO_MPTCP = 262
@@ -42,6 +41,7 @@ SUPPORTED = {
 _READ, _WRITE, _BOTH = 1, 2, 3
 _TRIES = 64
 _SETTING_S = 0.5
+_LEAVES_S = 0.05
 
 
 class Kind:
@@ -50,7 +50,7 @@ class Kind:
     __slots__ = ("family", "protocol", "type")
 
     def __init__(self, fd: int) -> None:
-        with sockets.Socket(fd) as sock:
+        with sockets.Plain(fd) as sock:
             self.family, self.type, self.protocol = (
                 sock.getsockopt(sockets.SOL_SOCKET, what)
                 for what in (sockets.SO_DOMAIN, sockets.SO_TYPE, sockets.SO_PROTOCOL)
@@ -62,8 +62,8 @@ class Kind:
         return bool(self.type == SOCK_STREAM)
 
 
-def check(source: SourceFile, ctx: DumpContext) -> None:
-    """Raise Unsupported for what never can be dumped, or not with these options."""
+def check(source: SourceFile, ctx: DumpContext) -> Kind:
+    """Raise Unsupported for what never can be dumped, or not with these options; else tells what kind it is."""
     fd = source.borrow()
     kind = Kind(fd)
     if kind.type != SOCK_RAW and kind.protocol not in SUPPORTED.get(kind.type, ()):
@@ -74,13 +74,30 @@ def check(source: SourceFile, ctx: DumpContext) -> None:
             kind.protocol, f"protocol {kind.protocol}"
         )
         raise unsupported(source, f"sockets of {name} are not supported", hint=hint)
+    if kind.family == AF_INET6 and inet_options.flow_label(fd) is not None:
+        raise unsupported(
+            source, "a flow label that was asked for (IPV6_FLOWLABEL_MGR)",
+            hint="the kernel keeps it for a while after its last use, for nobody else: give it back before the dump",
+        )  # fmt: skip
     if kind.type == SOCK_DGRAM and kind.protocol in (IPPROTO_UDP, IPPROTO_UDPLITE):
-        if number(fd, kind.protocol, inet_options.UDP_CORK):
+        if _unsent(fd):
             raise unsupported(
-                source, "a UDP socket that is corked (UDP_CORK)", hint="dump it when it has sent the datagram"
-            )
+                source, "a datagram that is not complete yet (UDP_CORK, MSG_MORE), or not sent",
+                hint="dump it when it has sent the datagram",
+            )  # fmt: skip
     elif kind.tcp:
         _check_state(source, ctx, tcp.Info(fd).state)
+    return kind
+
+
+def _unsent(fd: int) -> bool:
+    """Does a socket of UDP hold bytes that do not leave it? What is sent waits in queues of interfaces for a moment."""
+    deadline = time.monotonic() + _LEAVES_S
+    while sockets.unsent(fd):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def _check_state(source: SourceFile, ctx: DumpContext, state: int) -> None:
@@ -95,9 +112,8 @@ def _check_state(source: SourceFile, ctx: DumpContext, state: int) -> None:
 
 def dump(source: SourceFile, ctx: DumpContext) -> Message:
     """The inet_sk_entry of a socket; that of a connection is followed by its tcp-stream image."""
-    check(source, ctx)
+    kind = check(source, ctx)
     fd = source.borrow()
-    kind = Kind(fd)
     entry = pb.inet_sk_entry(
         id=source.id, ino=source.stat.st_ino, family=kind.family, type=kind.type, proto=kind.protocol,
         flags=source.flags, fown=ctx.fown(source), backlog=0, state=CLOSE,
@@ -106,7 +122,7 @@ def dump(source: SourceFile, ctx: DumpContext) -> Message:
         entry.uid, entry.gid = source.stat.st_uid, source.stat.st_gid
     _addresses(fd, entry, ctx)
     if not kind.tcp:
-        _others(fd, entry, kind, ctx)
+        _others(source, entry, kind, ctx)
         return entry
     state = tcp.Info(fd).state
     if state == LISTEN:
@@ -128,11 +144,13 @@ def _options(fd: int, entry: Message, *, connected: bool) -> None:
 
 def _addresses(fd: int, entry: Message, ctx: DumpContext) -> None:
     size = 28 if entry.family == AF_INET6 else 16
-    local, peer = _local(fd, size), tcp.peer_name(fd, size)
+    local, peer = sockets.own_name(fd, size), tcp.peer_name(fd, size)
     for name, words, field in ((local, entry.src_addr, "src_port"), (peer, entry.dst_addr, "dst_port")):
         address, port = tcp.address_of_sockaddr(name or bytes((entry.family,)) + bytes(size - 1))
         words.extend(int.from_bytes(address[at : at + 4], "little") for at in range(0, len(address), 4))
         setattr(entry, field, port)
+    if entry.type == SOCK_RAW and not peer:
+        entry.dst_addr[:] = _raw_peer(entry) or entry.dst_addr
     if any(entry.src_addr) and (entry.src_port or entry.type == SOCK_RAW) and _is_alien(local, ctx):
         entry.alien = True
     scopes = [int.from_bytes(name[24:28], "little") for name in (local, peer) if len(name) == 28]
@@ -141,6 +159,18 @@ def _addresses(fd: int, entry: Message, ctx: DumpContext) -> None:
         from _socket import if_indextoname
 
         entry.ifname = if_indextoname(scope)
+
+
+def _raw_peer(entry: Message) -> list[int]:
+    """The words of the address that a raw socket is connected to: getpeername(2) tells it only together with a port."""
+    name = "raw6" if entry.family == AF_INET6 else "raw"
+    with open(f"/proc/thread-self/net/{name}", encoding="ascii") as file:
+        for line in file:
+            words = line.split()  # sl, local and remote address:port, state, queues, …, inode
+            if words[9:] and words[9] == str(entry.ino):
+                shown = words[2].partition(":")[0]
+                return [int(shown[at : at + 8], 16) for at in range(0, len(shown), 8)]
+    return []
 
 
 def _is_alien(name: bytes, ctx: DumpContext) -> bool:
@@ -161,13 +191,6 @@ def _is_alien(name: bytes, ctx: DumpContext) -> bool:
     return bool(ctx.memo[key])
 
 
-def _local(fd: int, size: int) -> bytes:
-    area, length = buffer(size), buffer(4)
-    length.raw = size.to_bytes(4, "little")
-    call("getsockname", fd, area, length)
-    return area.raw
-
-
 def _listener(source: SourceFile, fd: int, entry: Message, ctx: DumpContext) -> None:
     info = tcp.Info(fd)
     if info.pending:
@@ -183,38 +206,38 @@ def _listener(source: SourceFile, fd: int, entry: Message, ctx: DumpContext) -> 
         entry.shutdown = _READ
 
 
-def _others(fd: int, entry: Message, kind: Kind, ctx: DumpContext) -> None:
+def _others(source: SourceFile, entry: Message, kind: Kind, ctx: DumpContext) -> None:
+    fd = source.borrow()
     _options(fd, entry, connected=False)
+    if _has_error(fd):
+        log.warning(f"fd {source.fd} ({source.link}): errors that wait to be read are dropped (SO_ERROR, MSG_ERRQUEUE)")
+    udp = kind.type == SOCK_DGRAM and kind.protocol in (IPPROTO_UDP, IPPROTO_UDPLITE)
+    if not udp and sockets.peek(fd, 1) is not None:
+        log.warning(f"fd {source.fd} ({source.link}): packets that wait to be read are dropped")
     if kind.type == SOCK_RAW:
         if any(entry.dst_addr):
             entry.state = ESTABLISHED
         return
     if entry.dst_port:
         entry.state = ESTABLISHED
-    waiting = _waiting(fd)
-    if waiting:
-        log.warning(
-            f"the datagram of {waiting} bytes that waits in socket {entry.ino}, and others, are dropped"
-        )
-    if kind.protocol in (IPPROTO_UDP, IPPROTO_UDPLITE):
+    if udp:
+        udp_queue.dump(source, ctx)
         shown = _diag(ctx, kind.protocol).get(entry.ino)
         _shut(entry, shown.shutdown if shown else _poll(fd))
+
+
+def _has_error(fd: int) -> bool:
+    """Has something been told about what was sent? It cannot be looked at without taking it (ip_recv_error)."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _shut(entry: Message, how: int) -> None:
     if how:  # CRIU has no use for a field that says NONE
         entry.shutdown = how
-
-
-def _waiting(fd: int) -> int:
-    import fcntl
-
-    try:
-        return int.from_bytes(fcntl.ioctl(fd, tcp.SIOCINQ, bytes(4)), "little")
-    except OSError as error:
-        if error.errno != errno.ENOTTY:  # those for ping have no such request
-            raise
-        return 0
 
 
 def _diag(ctx: DumpContext, protocol: int) -> dict[int, inet_diag.InetSocket]:
@@ -245,14 +268,13 @@ def _poll(fd: int) -> int:
 class _Taken:
     """A connection as it was taken down."""
 
-    __slots__ = ("entry", "fd", "saved", "sizes")
+    __slots__ = ("entry", "fd", "saved")
 
     def __init__(self, fd: int, entry: Message) -> None:
         self.fd = fd
         #: Its options, which repair mode changes.
         self.entry = entry
-        self.saved: tuple[Message, bytes, bytes, int] | None = None
-        self.sizes: tuple[int, ...] = ()
+        self.saved: tuple[Message, bytes, bytes, tcp.Sizes] | None = None
 
 
 def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, state: int) -> None:
@@ -261,7 +283,7 @@ def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, s
         entry.state = state
         return
     if state == CLOSE:
-        taken = _Taken(fd, _options_of(fd, entry))
+        taken = _Taken(fd, _options_of(fd, Alike()))
         _take(taken)
         _give_back(taken)  # no packet concerns it any more
     else:
@@ -270,7 +292,7 @@ def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, s
             raise unsupported(source, "a connection that travels in another socket", hint="try again later")
         taken = found
     assert taken.saved is not None
-    stream, to_read, to_send, entry.state = taken.saved
+    stream, to_read, to_send, (entry.state, *_) = taken.saved
     for field in ("opts", "ip_opts", "tcp_opts"):
         getattr(entry, field).CopyFrom(getattr(taken.entry, field))
     entry.v6only = taken.entry.v6only
@@ -285,9 +307,20 @@ def _shut_in(state: int) -> int:
     return (_READ if came else 0) | (_WRITE if gone else 0)
 
 
-def _options_of(fd: int, entry: Message) -> Message:
-    kept = pb.inet_sk_entry(family=entry.family, type=entry.type, proto=entry.proto)
-    _options(fd, kept, connected=True)
+def _options_of(fd: int, alike: Alike) -> Message:
+    """An inet_sk_entry with the options of a connection."""
+    kind = Kind(fd)
+    key = kind.family, kind.type, kind.protocol
+
+    def make(sock: Asked) -> Message:
+        made = pb.inet_sk_entry(family=kind.family, type=kind.type, proto=kind.protocol)
+        made.opts.CopyFrom(sockopts.read(sock))
+        inet_options.read(sock, made, connected=True)
+        return made
+
+    kept = pb.inet_sk_entry()
+    kept.CopyFrom(alike.of(fd, key, make))
+    sockopts.read_own(fd, kept.opts)
     return kept
 
 
@@ -301,33 +334,37 @@ def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:
     if key in ctx.memo:
         found: dict[int, _Taken] = ctx.memo[key]
         return found
-    shown = {one.ino: one for one in inet_diag.sockets(IPPROTO_TCP) if one.state in tcp.CONNECTED}
+    wanted = sum(1 << state for state in tcp.CONNECTED)  # not the thousands that may wait for their time to end
+    shown = {one.ino: one for one in inet_diag.sockets(IPPROTO_TCP, states=wanted) if one.state in tcp.CONNECTED}
     holders = {}
     for task in ctx.tasks.values():
         if not task.zombie:
-            for ino, fd in _sockets_of(task.pid):
+            for fd, link in ctx.descriptors.links(task.pid):
+                if not link.startswith("socket:["):
+                    continue
+                ino = int(link[8:-1])
                 if ino in shown and ino not in holders:
                     holders[ino] = task, fd
     quads = {ino: (*shown[ino].source, *shown[ino].destination) for ino in holders}
     known = {_plain(quad) for quad in quads.values()}
     local = {ino for ino, quad in quads.items() if _plain(quad[2:] + quad[:2]) in known}
     taken: dict[int, _Taken] = {}
+    alike = Alike()
     for ino, (task, fd) in holders.items():
-        own = _borrow(ctx, task.pid, fd)
-        kind = Kind(own)
-        entry = pb.inet_sk_entry(family=kind.family, type=kind.type, proto=kind.protocol)
+        own = ctx.borrow(task, fd)
         with doing(f"task {task.pid}"), doing(f"fd {fd}"):
-            _options(own, entry, connected=True)
-        taken[ino] = _Taken(own, entry)
+            taken[ino] = _Taken(own, _options_of(own, alike))
     held = _Held(taken)
     ctx.undo.add("TCP connections", held.let_go)
+    all_held = "network lock" in ctx.memo
     with doing("network lock"):
         held.lock = network_lock.lock(
             [quad for ino, quad in quads.items() if ino not in local],
-            ctx.options.network_lock,
+            "skip" if all_held else ctx.options.network_lock,
             before=lambda lock: _set_guard(held, lock, ctx),
         )
-    ctx.memo["network lock"] = held.lock
+    if not all_held:
+        ctx.memo["network lock"] = held.lock
     for ino, (task, fd) in holders.items():
         with doing(f"task {task.pid}"), doing(f"fd {fd}"):
             _take(taken[ino])
@@ -336,15 +373,15 @@ def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:
     return taken
 
 
-def _borrow(ctx: DumpContext, pid: int, fd: int) -> int:
-    """As ``ctx.borrow``, for a task whose turn has not come yet."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        own = pidfd_getfd(pidfd, fd)
-    finally:
-        os.close(pidfd)
-    ctx.adopt(own)
-    return own
+def hold_all(ctx: DumpContext) -> None:
+    """Hold back all packets of our network namespace, from now until the restore or until the tasks are let go."""
+    held = _Held({})
+    ctx.undo.add("network lock", held.let_go)
+    with doing("network lock"):
+        held.lock = network_lock.lock_all(
+            ctx.options.network_lock, before=lambda lock: _set_guard(held, lock, ctx)
+        )
+    ctx.memo["network lock"] = held.lock
 
 
 def _plain(quad: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -352,38 +389,18 @@ def _plain(quad: tuple[Any, ...]) -> tuple[Any, ...]:
     return inet_diag.unmapped(here), port, inet_diag.unmapped(there), peer
 
 
-def _sockets_of(pid: int) -> list[tuple[int, int]]:
-    """(inode, descriptor) of every socket that a task holds."""
-    found = []
-    for fd in numbers(pid, "fd"):
-        try:
-            link = os.readlink(f"/proc/{pid}/fd/{fd}")
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            continue
-        if link.startswith("socket:["):
-            found.append((int(link[8:-1]), fd))
-    return found
-
-
 def _take(one: _Taken) -> None:
     tcp.repair(one.fd, on=True)
-    _read(one)
-
-
-def _read(one: _Taken) -> None:
     one.saved = tcp.save(one.fd)
-    one.sizes = tcp.sizes(one.fd)
 
 
 def _settle(pairs: list[_Taken]) -> None:
     """Read again what moved between two ends of the tree after one of them had been read."""
     for _ in range(_TRIES):
-        if all(tcp.sizes(one.fd) == one.sizes for one in pairs):
+        if all(one.saved is not None and tcp.sizes(one.fd) == one.saved[3] for one in pairs):
             return
         for one in pairs:
-            _read(one)
+            one.saved = tcp.save(one.fd)
     raise Unsupported("connections within the tree do not come to rest", hint="try again")
 
 

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ..images.schema import Message
+    from .asked import Asked
 
 SOCK_STREAM, SOCK_DGRAM, SOCK_RAW = 1, 2, 3
-IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_UDPLITE = 1, 58, 136
+IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_UDPLITE, IPPROTO_RAW = 1, 58, 136, 255
 SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6, SOL_ICMPV6, SOL_UDPLITE, SOL_RAW = 0, 6, 17, 41, 58, 136, 255
 # include/uapi/linux/in.h, in6.h, tcp.h
-IP_TOS, IP_TTL, IP_HDRINCL, IP_PKTINFO, IP_FREEBIND, IP_NODEFRAG, IP_MULTICAST_IF = 1, 2, 3, 8, 15, 22, 32
-IPV6_V6ONLY, IPV6_HDRINCL, IPV6_RECVPKTINFO, IPV6_FREEBIND = 26, 36, 49, 78
+IP_TOS, IP_TTL, IP_HDRINCL, IP_ROUTER_ALERT, IP_PKTINFO, IP_FREEBIND, IP_NODEFRAG = 1, 2, 3, 5, 8, 15, 22
+IP_MULTICAST_IF, IPV6_ROUTER_ALERT = 32, 22
+IPV6_FLOWLABEL_MGR, _RENEW, _EXCL = 32, 2, 1
+IPV6_CHECKSUM, IPV6_V6ONLY, IPV6_HDRINCL, IPV6_RECVPKTINFO, IPV6_FREEBIND = 7, 26, 36, 49, 78
 TCP_MAXSEG, TCP_NODELAY, TCP_CORK, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT = 2, 1, 3, 4, 5, 6
 TCP_WINDOW_CLAMP, TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, TCP_ULP = 10, 23, 30, 31
 UDP_CORK = 1
@@ -41,22 +44,22 @@ MCAST_JOIN_GROUP, MCAST_MSFILTER = 42, 48
 #: RECVERR_RFC4884, MULTICAST_IF, TTL, LOOP, ALL, UNICAST_IF, LOCAL_PORT_RANGE.
 _IP = {4: 40, 6: 4, 7: 4, 10: 4, 11: 4, 12: 4, 13: 4, 18: 4, 19: 4, 20: 4, 21: 4, 23: 4, 24: 4, 25: 4,
        26: 4, 32: 4, 33: 4, 34: 4, 49: 4, 50: 4, 51: 4}  # fmt: skip
-#: FLOWINFO, CHECKSUM, UNICAST_HOPS, MULTICAST_IF, HOPS, LOOP, MTU_DISCOVER, RECVERR, MULTICAST_ALL,
-#: RECVERR_RFC4884, FLOWINFO_SEND, RECVHOPLIMIT, RECVHOPOPTS, HOPOPTS, RTHDRDSTOPTS, RECVRTHDR, RTHDR, RECVDSTOPTS,
-#: DSTOPTS, RECVPATHMTU, DONTFRAG, RECVTCLASS, TCLASS, AUTOFLOWLABEL, ADDR_PREFERENCES, MINHOPCOUNT, ORIGDSTADDR,
-#: TRANSPARENT, UNICAST_IF, RECVFRAGSIZE.
-_IPV6 = {11: 4, 7: 4, 16: 4, 17: 4, 18: 4, 19: 4, 23: 4, 25: 4, 29: 4, 31: 4, 33: 4, 51: 4, 53: 4, 54: 512,
-         55: 512, 56: 4, 57: 512, 58: 4, 59: 512, 60: 4, 62: 4, 66: 4, 67: 4, 70: 4, 72: 4, 73: 4, 74: 4,
-         75: 4, 76: 4, 77: 4}  # fmt: skip
+#: 2292PKTINFO, HOPOPTS, DSTOPTS, RTHDR, HOPLIMIT, FLOWINFO, UNICAST_HOPS, MULTICAST_IF, HOPS, LOOP, MTU_DISCOVER,
+#: RECVERR, MULTICAST_ALL, ROUTER_ALERT_ISOLATE, RECVERR_RFC4884, FLOWINFO_SEND, RECVHOPLIMIT, RECVHOPOPTS, HOPOPTS,
+#: RTHDRDSTOPTS, RECVRTHDR, RTHDR, RECVDSTOPTS, DSTOPTS, RECVPATHMTU, DONTFRAG, RECVTCLASS, TCLASS, AUTOFLOWLABEL,
+#: ADDR_PREFERENCES, MINHOPCOUNT, ORIGDSTADDR, TRANSPARENT, UNICAST_IF, RECVFRAGSIZE.
+_IPV6 = {2: 4, 3: 4, 4: 4, 5: 4, 8: 4, 11: 4, 16: 4, 17: 4, 18: 4, 19: 4, 23: 4, 25: 4, 29: 4, 30: 4, 31: 4, 33: 4,
+         51: 4, 53: 4, 54: 512, 55: 512, 56: 4, 57: 512, 58: 4, 59: 512, 60: 4, 62: 4, 66: 4, 67: 4, 70: 4, 72: 4,
+         73: 4, 74: 4, 75: 4, 76: 4, 77: 4}  # fmt: skip
 #: SYNCNT, LINGER2, DEFER_ACCEPT, CONGESTION, THIN_LINEAR_TIMEOUTS, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT,
 #: SAVE_SYN, FASTOPEN_KEY, FASTOPEN_NO_COOKIE, INQ, TX_DELAY, RTO_MAX_MS, RTO_MIN_US, DELACK_MAX_US.
 _TCP = {7: 4, 8: 4, 9: 4, 13: 16, 16: 4, 18: 4, TCP_FASTOPEN: 4, 25: 4, 27: 4, 33: 32, 34: 4, 36: 4,
         37: 4, 44: 4, 45: 4, 46: 4}  # fmt: skip
 #: These follow the peer as soon as there is one, or have done what they are for.
 _TCP_ALONE = {TCP_MAXSEG: 4, TCP_WINDOW_CLAMP: 4, TCP_FASTOPEN_CONNECT: 4}
-#: ENCAP, NO_CHECK6_TX, NO_CHECK6_RX, SEGMENT, GRO; of UDP-Lite SEND_CSCOV, RECV_CSCOV.
-_UDP = {100: 4, 101: 4, 102: 4, 103: 4, 104: 4}
-_UDPLITE = {10: 4, 11: 4}
+#: CORK, ENCAP, NO_CHECK6_TX, NO_CHECK6_RX, SEGMENT, GRO; of UDP-Lite SEND_CSCOV and RECV_CSCOV, too.
+_UDP = {UDP_CORK: 4, 100: 4, 101: 4, 102: 4, 103: 4, 104: 4}
+_UDPLITE = _UDP | {10: 4, 11: 4}
 _UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 _SOURCES_MAX = 1024
 #: What every machine is a member of: all hosts, all nodes, all nodes of the interface.
@@ -77,11 +80,7 @@ def get(fd: int, level: int, option: int, size: int) -> bytes | None:
     """An option's value, at most ``size`` bytes; None where the socket has no such option."""
     sock = plain(fd)
     try:
-        return sock.getsockopt(level, option, size)
-    except OSError as error:
-        if error.errno not in _UNKNOWN:
-            raise
-        return None
+        return _get(sock, level, option, size)
     finally:
         sock.detach()
 
@@ -92,9 +91,23 @@ def number(fd: int, level: int, option: int) -> int:
     return int.from_bytes(value, "little") if value else 0
 
 
+def _get(sock: _socket.socket | Asked, level: int, option: int, size: int) -> bytes | None:
+    try:
+        return sock.getsockopt(level, option, size)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        return None
+
+
+def _number(sock: _socket.socket | Asked, level: int, option: int) -> int:
+    value = _get(sock, level, option, 4)
+    return int.from_bytes(value, "little") if value else 0
+
+
 def put(fd: int, level: int, option: int, value: int | bytes) -> None:
     """setsockopt(2)"""
-    sock = plain(fd)
+    sock = _socket.socket(0, 0, 0, fd)
     try:
         sock.setsockopt(level, option, value)
     finally:
@@ -109,32 +122,37 @@ def dump(fd: int, entry: Message, *, connected: bool) -> None:
 
     ``connected``: as far as TCP goes. Raises Unsupported when the protocol was replaced by another (TLS).
     """
-    _dump_ip(fd, entry)
-    if _is_tcp(entry):
-        _dump_tcp(fd, entry.tcp_opts)
     sock = plain(fd)
     try:
-        read = sock.getsockopt
-        for level, option, size, usual in _usual(entry):
-            if connected and level == SOL_TCP and option in _TCP_ALONE:
-                continue
-            value = read(level, option, size)
-            if value != usual:
-                entry.more.add(level=level, name=option, value=value)
+        read(sock, entry, connected=connected)
     finally:
         sock.detach()
-    if entry.family == AF_INET6:
-        entry.v6only = bool(number(fd, SOL_IPV6, IPV6_V6ONLY))
     if not _is_tcp(entry):
-        for membership in memberships(fd, entry.family):
-            entry.groups.append(membership)
+        entry.groups.extend(memberships(fd, entry.family))
+        if entry.family == AF_INET6 and entry.type != SOCK_RAW:  # it may have joined some of IPv4, too
+            entry.groups.extend(memberships(fd, AF_INET))
+
+
+def read(sock: _socket.socket | Asked, entry: Message, *, connected: bool) -> None:
+    """As :func:`dump`, without multicast groups."""
+    _dump_ip(sock, entry)
+    if _is_tcp(entry):
+        _dump_tcp(sock, entry.tcp_opts)
+    for level, option, size, usual in _usual(entry):
+        if connected and level == SOL_TCP and option in _TCP_ALONE:
+            continue
+        value = sock.getsockopt(level, option, size)
+        if value != usual:
+            entry.more.add(level=level, name=option, value=value)
+    if entry.family == AF_INET6:
+        entry.v6only = bool(_number(sock, SOL_IPV6, IPV6_V6ONLY))
 
 
 def _is_tcp(entry: Message) -> bool:
     return bool(entry.type == SOCK_STREAM and entry.proto in (0, IPPROTO_TCP))
 
 
-def _dump_ip(fd: int, entry: Message) -> None:
+def _dump_ip(sock: _socket.socket | Asked, entry: Message) -> None:
     options, six = entry.ip_opts, entry.family == AF_INET6
     options.SetInParent()
     level = SOL_IPV6 if six else SOL_IP
@@ -143,24 +161,25 @@ def _dump_ip(fd: int, entry: Message) -> None:
         ("pktinfo", IPV6_RECVPKTINFO if six else IP_PKTINFO),
         *(() if six else (("tos", IP_TOS), ("ttl", IP_TTL))),
     ):
-        value = number(fd, level, option)
+        value = _number(sock, level, option)
         if value:
             setattr(options, field, value)
     if entry.type == SOCK_RAW:
         raw = options.raw
         raw.SetInParent()
-        if number(fd, level, IPV6_HDRINCL if six else IP_HDRINCL):
-            raw.hdrincl = True
-        if not six and number(fd, SOL_IP, IP_NODEFRAG):
+        heads = bool(_number(sock, level, IPV6_HDRINCL if six else IP_HDRINCL))
+        if heads or entry.proto == IPPROTO_RAW:  # which begins with it
+            raw.hdrincl = heads
+        if not six and _number(sock, SOL_IP, IP_NODEFRAG):
             raw.nodefrag = True
-        kept = get(fd, SOL_ICMPV6 if six else SOL_RAW, ICMP_FILTER, 32 if six else 4)
+        kept = _get(sock, SOL_ICMPV6 if six else SOL_RAW, ICMP_FILTER, 32 if six else 4)
         if kept and entry.proto == (IPPROTO_ICMPV6 if six else IPPROTO_ICMP):
             raw.icmpv_filter.extend(struct.unpack(f"={len(kept) // 4}I", kept))
 
 
-def _dump_tcp(fd: int, options: Message) -> None:
+def _dump_tcp(sock: _socket.socket | Asked, options: Message) -> None:
     options.SetInParent()
-    ulp = get(fd, SOL_TCP, TCP_ULP, 16)
+    ulp = _get(sock, SOL_TCP, TCP_ULP, 16)
     if ulp and ulp.rstrip(b"\0"):
         name = ulp.rstrip(b"\0").decode(errors="replace")
         raise Unsupported(
@@ -168,7 +187,7 @@ def _dump_tcp(fd: int, options: Message) -> None:
             hint="let the program do this itself, or use --tcp-close",
         )
     for field, option in TCP_FIELDS.items():
-        value = number(fd, SOL_TCP, option)
+        value = _number(sock, SOL_TCP, option)
         if value:
             setattr(options, field, value)
 
@@ -183,10 +202,13 @@ def _tables(entry: Message) -> Iterator[tuple[int, dict[int, int]]]:
     raw = entry.type == SOCK_RAW
     if entry.family == AF_INET6:
         yield SOL_IPV6, _IPV6
-        if not raw:
-            yield SOL_IP, {IP_TOS: 4, IP_TTL: 4}  # for the IPv4 side of it
+        if raw:
+            yield SOL_IPV6, {IPV6_ROUTER_ALERT: 4}
+            yield SOL_RAW, {IPV6_CHECKSUM: 4}  # at the level of IPv6 it cannot be set for ICMPv6
+        else:
+            yield SOL_IP, _IP | {IP_TOS: 4, IP_TTL: 4, IP_PKTINFO: 4, IP_FREEBIND: 4}  # for the IPv4 side of it
     else:
-        yield SOL_IP, _IP
+        yield SOL_IP, _IP | {IP_ROUTER_ALERT: 4} if raw else _IP
     if raw:
         return
     if _is_tcp(entry):
@@ -197,7 +219,7 @@ def _tables(entry: Message) -> Iterator[tuple[int, dict[int, int]]]:
         yield SOL_UDPLITE, _UDPLITE
 
 
-_MULTICAST = {SOL_IP: (32, 33, 34, 49), SOL_IPV6: (17, 18, 19, 29)}  # cannot be set for a stream
+_MULTICAST = {SOL_IP: (32, 33), SOL_IPV6: (17, 18)}  # IF, and TTL or HOPS: they cannot be set for a stream
 
 
 def _usual(entry: Message) -> list[tuple[int, int, int, bytes]]:
@@ -258,9 +280,11 @@ def restore(fd: int, entry: Message) -> None:
             put(fd, one.level, one.name, one.value)
         except OSError as error:
             assert error.errno is not None
+            if get(fd, one.level, one.name, len(one.value)) == one.value:
+                continue  # by what another one has done: TCP_MAXSEG follows IP_OPTIONS, to where nobody can set it
             raise KernelError(f"socket option {one.level}:{one.name}", error.errno) from None
     for group in reversed(entry.groups):  # the kernel lists the newest first
-        join(fd, entry.family, group)
+        join(fd, group)
 
 
 def restore_tcp(fd: int, options: Message) -> None:
@@ -268,6 +292,29 @@ def restore_tcp(fd: int, options: Message) -> None:
     for field, option in sorted(TCP_FIELDS.items(), key=lambda item: item[1] == TCP_CORK):
         if options.HasField(field):
             put(fd, SOL_TCP, option, int(getattr(options, field)))
+
+
+# ---------------------------------------------------------------------- flow labels
+
+
+def flow_label(fd: int) -> int | None:
+    """A flow label that a socket of IPv6 has asked for; None if there is none (net/ipv6/ip6_flowlabel.c).
+
+    The kernel lists those of the network; whether the socket has one is told by renewing it for no time at all.
+    """
+    for line in _lines("/proc/net/ip6_flowlabel"):
+        if line.startswith("Label"):
+            continue
+        label = int(line.split()[0], 16)
+        request = struct.pack("=16s4sBB10x", b"", label.to_bytes(4, "big"), _RENEW, _EXCL)
+        try:
+            put(fd, SOL_IPV6, IPV6_FLOWLABEL_MGR, request)
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise
+            continue
+        return label
+    return None
 
 
 # ---------------------------------------------------------------------- multicast
@@ -295,14 +342,14 @@ def _groups(family: int) -> Iterator[tuple[int, bytes]]:
     """(index of the interface, group) of what is listened to on this machine, but for what always is."""
     if family == AF_INET:
         index = 0
-        for line in _lines("/proc/net/igmp"):
+        for line in _lines("/proc/thread-self/net/igmp"):
             words = line.split()
             if words[0].isdigit():
                 index = int(words[0])
             elif words[0] not in _ALWAYS and len(words[0]) == 8:
                 yield index, int(words[0], 16).to_bytes(4, "little")
     else:
-        for line in _lines("/proc/net/igmp6"):
+        for line in _lines("/proc/thread-self/net/igmp6"):
             words = line.split()
             if words[2] not in _ALWAYS:
                 yield int(words[0]), bytes.fromhex(words[2])
@@ -364,9 +411,9 @@ def interface(index: int, name: str) -> int:
         ) from None
 
 
-def join(fd: int, family: int, entry: Message) -> None:
+def join(fd: int, entry: Message) -> None:
     """Join a multicast group as an sk_multicast_entry says."""
-    level = SOL_IP if family == AF_INET else SOL_IPV6
+    level = SOL_IP if len(entry.group) == 4 else SOL_IPV6
     index = interface(entry.ifindex, entry.ifname)
     group = _storage(entry.group)
     put(fd, level, MCAST_JOIN_GROUP, struct.pack("=I4x128s", index, group))

@@ -15,6 +15,7 @@ from ..errors import ImageError, Unsupported, doing
 from ..images import schema as pb
 from ..proc import fdinfo, locks
 from ..proc.read import read, read_system
+from . import fown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ KINDS = {locks.POSIX: POSIX, locks.FLOCK: FLOCK, locks.OFD: OFD, locks.LEASE: LE
 F_RDLCK, F_WRLCK, F_UNLCK = 0, 1, 2
 TYPES = {"READ": F_RDLCK, "WRITE": F_WRLCK, "UNLCK": F_UNLCK}
 BREAKING = 4
-F_SETLK, F_GETSIG, F_OFD_SETLK, F_SETLEASE = 6, 11, 37, 1024
+F_SETLK, F_SETOWN, F_OFD_SETLK, F_SETLEASE = 6, 8, 37, 1024
 LOCK_SH, LOCK_EX, LOCK_NB = 1, 2, 4
-SIGIO = 29
-SIG_BLOCK, SIG_SETMASK = 0, 2
 AT_FDCWD = -100
 
 
@@ -103,8 +102,7 @@ def emit(task: Any, program: Program, ctx: BuildContext) -> None:
     CRIU.
 
     They come after the last close(2) of the program, which would drop POSIX locks, before
-    credentials are given up, and before pending signals are restored: breaking a lease sends one,
-    which is taken back.
+    credentials are given up: breaking a lease takes its owner away for a moment.
     """
     if not ctx.options.file_locks:
         return
@@ -132,7 +130,7 @@ def _emit(entry: Message, task: Any, program: Program, ctx: BuildContext) -> Non
         file_id = next((number for other, number, _ in task.fds if other == fd), 0)
         if file_id not in ctx.files:
             raise _bad(entry, "no such descriptor")
-        _emit_lease(entry, fd, ctx.files[file_id][1].flags, program)
+        _emit_lease(entry, fd, ctx.files[file_id][1], program)
     else:
         raise _bad(entry, f"kind {entry.flag}, type {kind} are not known")
 
@@ -141,7 +139,9 @@ def _bad(entry: Message, why: str) -> ImageError:
     return ImageError("filelocks.img", f"lock of task {entry.pid}, fd {entry.fd}", why)
 
 
-def _emit_lease(entry: Message, fd: int, flags: int, program: Program) -> None:
+def _emit_lease(entry: Message, fd: int, own: Message, program: Program) -> None:
+    """``own`` is the entry of the file: with its flags, and whom it sends signals to."""
+    flags = own.flags
     target = entry.type & ~BREAKING
     if not entry.type & BREAKING:
         program.call("fcntl", fd, F_SETLEASE, target, why=f"lease on fd {fd}")
@@ -149,28 +149,10 @@ def _emit_lease(entry: Message, fd: int, flags: int, program: Program) -> None:
     # What the lease was before somebody broke it: its holder reads, or it writes.
     held = F_RDLCK if flags & os.O_ACCMODE == os.O_RDONLY and target == F_UNLCK else F_WRLCK
     opening = os.O_WRONLY if target == F_UNLCK else os.O_RDONLY
-    program.call(
-        "rt_sigprocmask",
-        SIG_BLOCK,
-        _mask(SIGIO),
-        before := program.out(8),
-        8,
-        why="of the broken lease",
-    )
     program.call("fcntl", fd, F_SETLEASE, held, why=f"lease on fd {fd}")
-    # Fails with EWOULDBLOCK, and the lease is being broken.
-    opened = program.call(
-        "openat",
-        AT_FDCWD,
-        b"/proc/self/fd/%d\0" % fd,
-        opening | os.O_NONBLOCK,
-        0,
-        may_fail=(errno.EAGAIN,),
-    )
-    program.call("close", opened, may_fail=(errno.EBADF,))
-    program.call("rt_sigtimedwait", _mask(SIGIO), 0, bytes(16), 8, may_fail=(errno.EAGAIN,))
-    program.call("rt_sigprocmask", SIG_SETMASK, before, 0, 8)
-
-
-def _mask(signal: int) -> bytes:
-    return (1 << (signal - 1)).to_bytes(8, "little")
+    # Its owner, who may be another process, was told long ago.
+    program.call("fcntl", fd, F_SETOWN, 0, why="whose break nobody is told of")
+    # Fails with EWOULDBLOCK always, and the lease is being broken. There is nothing to be closed.
+    path = b"/proc/self/fd/%d\0" % fd
+    program.call("openat", AT_FDCWD, path, opening | os.O_NONBLOCK, 0, may_fail=(errno.EAGAIN,))
+    fown.emit(own.fown, fd, program)

@@ -9,7 +9,6 @@ rules of iptables, again those of CRIU. Our own packets carry a mark that is let
 from __future__ import annotations
 
 import os
-import uuid
 
 from .. import log
 from ..errors import TorporError, Unsupported
@@ -22,24 +21,32 @@ if TYPE_CHECKING:
 MARK = 0xC114
 #: inventory_entry.network_lock_method
 IPTABLES, NFTABLES, SKIP = 0, 1, 2
+#: Of the names of our tables and of CRIU's.
+TABLE_PREFIX = "CRIU-"
 #: (our address, our port, the peer's address, the peer's port)
 Quad = tuple[bytes, int, bytes, int]
 
 
 class Lock:
-    """A lock that was set; ``method`` and ``run_id`` are what the inventory says about it."""
+    """A lock that was set; ``method`` and ``run_id`` are what the inventory says about it.
 
-    __slots__ = ("method", "quads", "run_id")
+    It is for the connections ``quads``, or, ``whole``, for everything in a network namespace.
+    """
 
-    def __init__(self, method: int, run_id: str, quads: Sequence[Quad]) -> None:
+    __slots__ = ("method", "quads", "run_id", "whole")
+
+    def __init__(self, method: int, run_id: str, quads: Sequence[Quad] = (), *, whole: bool = False) -> None:
         self.method = method
         self.run_id = run_id
         self.quads = quads
+        self.whole = whole
 
     def lift(self) -> None:
         """Let the packets through again. Raises TorporError when that fails."""
         if self.method == NFTABLES:
             _nft(f"delete table {table(self.run_id)}\n", missing_ok=True)
+        elif self.method == IPTABLES and self.whole:
+            _unchain()
         elif self.method == IPTABLES:
             _iptables("-D", self.quads)
 
@@ -55,7 +62,7 @@ def lock(quads: Sequence[Quad], wanted: str, *, before: Callable[[Lock], object]
         before(made)
         return made
     if _has("nft"):
-        made = Lock(NFTABLES, str(uuid.UUID(bytes=os.urandom(16), version=4)), quads)
+        made = Lock(NFTABLES, _new_id(), quads)
         before(made)
         _nft(_script(table(made.run_id), quads))
         return made
@@ -68,15 +75,51 @@ def lock(quads: Sequence[Quad], wanted: str, *, before: Callable[[Lock], object]
             _iptables("-D", quads, quiet=True)
             raise
         return made
-    raise Unsupported(
+    raise _no_program()
+
+
+def lock_all(wanted: str, *, before: Callable[[Lock], object] = lambda _: None) -> Lock:
+    """Hold back every packet that comes or goes in our network namespace, but for those with the mark. As lock()."""
+    if wanted != "skip" and _has("nft"):
+        made = Lock(NFTABLES, _new_id(), whole=True)
+        before(made)
+        name = table(made.run_id)
+        lines = [f"create table {name}"]
+        for hook in ("output", "input"):
+            lines.append(f"add chain {name} {hook} {{ type filter hook {hook} priority 0; policy drop; }}")
+            lines.append(f"add rule {name} {hook} meta mark {MARK:#x} accept")
+        _nft("\n".join(lines) + "\n")
+        return made
+    if wanted == "iptables" and _has("iptables-restore"):
+        made = Lock(IPTABLES, "", whole=True)
+        before(made)
+        try:
+            _chain()
+        except TorporError:
+            _unchain(quiet=True)
+            raise
+        return made
+    if wanted == "skip":
+        return Lock(SKIP, "")
+    raise _no_program()
+
+
+def _no_program() -> Unsupported:
+    return Unsupported(
         "connections cannot be held back while they are dumped: there is no program `nft`",
         hint="install nftables, or use --network-lock skip if a firewall does this already",
     )
 
 
+def _new_id() -> str:
+    import uuid
+
+    return str(uuid.UUID(bytes=os.urandom(16), version=4))
+
+
 def table(run_id: str) -> str:
     """The name of the nftables table, its family first. CRIU's has room for 31 characters of it."""
-    return f"inet CRIU-{run_id}"[:31]
+    return f"inet {TABLE_PREFIX}{run_id}"[:31]
 
 
 def _script(name: str, quads: Iterable[Quad]) -> str:
@@ -103,57 +146,86 @@ def _script(name: str, quads: Iterable[Quad]) -> str:
 
 
 def _has(program: str) -> bool:
-    return _find(program) is not None
+    return find_program(program) is not None
 
 
-def _find(program: str) -> str | None:
+def find_program(program: str) -> str | None:
+    """The path of a program for administrators; None if there is none."""
     import shutil
 
     # A caller's PATH may lack the folders of the administrator.
     return shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin")
 
 
-def _run(command: list[str], given: str = "") -> tuple[int, str]:
+def run_program(command: list[str], given: bytes = b"") -> tuple[int, bytes, str]:
+    """Run a program in our network namespace: its exit status, what it printed, and its complaint, a line."""
     import subprocess
 
-    done = subprocess.run(
-        command, input=given.encode(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
-    )
-    return done.returncode, done.stderr.decode(errors="replace").strip()
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    said = done.stderr.decode(errors="replace").strip()
+    return done.returncode, done.stdout, said.splitlines()[0] if said else ""
 
 
 def _nft(script: str, *, missing_ok: bool = False) -> None:
-    program = _find("nft")
+    program = find_program("nft")
     if program is None:
         raise Unsupported(
             "the network lock cannot be lifted: there is no program `nft`", hint="install nftables"
         )
-    code, said = _run([program, "-f", "-"], script)
+    code, _, said = run_program([program, "-f", "-"], script.encode())
     if not code or (missing_ok and "No such file or directory" in said):
         return
-    raise TorporError(f"nft: {said.splitlines()[0] if said else f'exit status {code}'}")
+    raise TorporError(f"nft: {said or f'exit status {code}'}")
+
+
+#: Whole namespaces are held back by a chain that is called as CRIU's.
+_CHAIN = "CRIU"
+
+
+def _chain() -> None:
+    rules = [f"-I {hook} -j {_CHAIN}" for hook in ("INPUT", "OUTPUT")]
+    rules += [f"-A {_CHAIN} -m mark --mark {MARK:#x} -j ACCEPT", f"-A {_CHAIN} -j DROP"]
+    _iptables_restore([f":{_CHAIN} - [0:0]", *rules])
+
+
+def _unchain(*, quiet: bool = False) -> None:
+    rules = [f"-D {hook} -j {_CHAIN}" for hook in ("INPUT", "OUTPUT")]
+    _iptables_restore([f":{_CHAIN} - [0:0]", *rules, f"-X {_CHAIN}"], quiet=quiet)
+
+
+def _iptables_restore(rules: list[str], *, quiet: bool = False) -> None:
+    text = "\n".join(["*filter", *rules, "COMMIT", ""])
+    for name in ("iptables-restore", "ip6tables-restore"):
+        program = find_program(name)
+        if program is None:
+            continue
+        code, _, said = run_program([program, "-w", "--noflush"], text.encode())
+        if code and not quiet:
+            raise TorporError(f"{name}: {said or f'exit status {code}'}")
 
 
 def _iptables(action: str, quads: Iterable[Quad], *, quiet: bool = False) -> None:
     for quad in quads:
         here, port, there, peer = quad
         four = unmapped(here), unmapped(there)
-        program = _find("iptables" if len(four[0]) == 4 else "ip6tables")
+        program = find_program("iptables" if len(four[0]) == 4 else "ip6tables")
         if program is None:
             continue
         ours, theirs = (text(four[0]), str(port)), (text(four[1]), str(peer))
         for chain, source, target in (("INPUT", theirs, ours), ("OUTPUT", ours, theirs)):
             rule = ["--protocol", "tcp", "-m", "mark", "!", "--mark", hex(MARK), "--source", source[0]]
             rule += ["--sport", source[1], "--destination", target[0], "--dport", target[1], "-j", "DROP"]
-            code, said = _run([program, "-w", "-t", "filter", action, chain, *rule])
+            code, _, said = run_program([program, "-w", "-t", "filter", action, chain, *rule])
             if code and not quiet:
                 raise TorporError(f"{program} {action} {chain}: {said}")
 
 
-def lift(inventory_method: int, run_id: str, quads: Sequence[Quad]) -> None:
+def lift(inventory_method: int, run_id: str, quads: Sequence[Quad] = (), *, whole: bool = False) -> None:
     """Lift the lock that a dump has left behind, ours or CRIU's, as its inventory tells."""
     if inventory_method == NFTABLES and run_id:
         Lock(NFTABLES, run_id, quads).lift()
+    elif inventory_method == IPTABLES and whole and _has("iptables-restore"):
+        _unchain(quiet=True)
     elif inventory_method == IPTABLES and quads and _has("iptables"):
         # CRIU's own; it need not be there, for the machine may have been started anew.
         _iptables("-D", quads, quiet=True)
@@ -162,5 +234,5 @@ def lift(inventory_method: int, run_id: str, quads: Sequence[Quad]) -> None:
 
 def program_works(program: str, *arguments: str) -> bool:
     """Is the program there, and does it end well?"""
-    found = _find(program)
-    return found is not None and _run([found, *arguments])[0] == 0
+    found = find_program(program)
+    return found is not None and run_program([found, *arguments])[0] == 0

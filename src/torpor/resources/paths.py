@@ -18,7 +18,7 @@ from ..proc.read import read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .base import DumpContext
+    from .base import BuildContext, DumpContext
 
 # include/uapi/linux/magic.h
 PROC_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, NFS_SUPER_MAGIC = 0x9FA0, 0x794C7630, 0x6969
@@ -26,6 +26,8 @@ HUGETLBFS_MAGIC, DEVPTS_SUPER_MAGIC = 0x958458F6, 0x1CD1
 
 #: How a file is to be found again at restore.
 NAMED, GHOST, LINKED, EXTERNAL = "named", "ghost", "linked", "external"
+#: By another of its names, in the same directory.
+OTHER = "other"
 #: Of files in /proc: about a task that has ended, or about one of the tree.
 DEAD_TASK, LIVE_TASK = "dead task", "live task"
 
@@ -35,15 +37,16 @@ _DELETED = b" (deleted)"
 class Place:
     """What to do about one file: ``how`` is one of the constants above, ``name`` its absolute name.
 
-    Of DEAD_TASK files ``pid`` is the task that /proc showed.
+    Of DEAD_TASK files ``pid`` is the task that /proc showed; of OTHER ones ``other`` is the name that remains.
     """
 
-    __slots__ = ("how", "name", "pid")
+    __slots__ = ("how", "name", "other", "pid")
 
-    def __init__(self, how: str, name: bytes, pid: int = 0) -> None:
+    def __init__(self, how: str, name: bytes, pid: int = 0, other: bytes = b"") -> None:
         self.how = how
         self.name = name
         self.pid = pid
+        self.other = other
 
 
 class Found:
@@ -96,7 +99,10 @@ def namespace_root(ctx: DumpContext, pid: int) -> int:
     ``ctx.memo["namespace root", inode of /proc/PID/ns/mnt]`` may have been set to another one
     beforehand.
     """
-    number = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    known = ("mount namespace", pid)
+    if known not in ctx.memo:
+        ctx.memo[known] = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    number = ctx.memo[known]
     key = ("namespace root", number)
     if key not in ctx.memo:
         same = number == os.stat("/proc/self/ns/mnt").st_ino
@@ -114,6 +120,14 @@ def below(name: bytes) -> bytes:
     return name.lstrip(b"/") or b"."
 
 
+def within(ctx: BuildContext, mnt_id: int | None, name: bytes) -> tuple[bytes, int | None]:
+    """(path, dir_fd) by which the builder opens an absolute name: below the root of its mount where the images have
+    mounts of their own.
+    """
+    root: int | None = ctx.memo.get(("mount root", mnt_id))
+    return (name, None) if root is None else (below(name), root)
+
+
 def stat_or_none(root: int, name: bytes) -> os.stat_result | None:
     """What is called ``name``, a symbolic link itself; None where there is nothing of that name."""
     try:
@@ -123,8 +137,16 @@ def stat_or_none(root: int, name: bytes) -> os.stat_result | None:
 
 
 def locate(found: Found, ctx: DumpContext) -> Place:
-    """How the file can be found again. Changes nothing; raises Unsupported when it cannot be
-    dumped."""
+    """How the file can be found again, asked once for each. Changes nothing; raises Unsupported when
+    it cannot be dumped."""
+    key = ("place", found.pid, found.target, found.stat.st_dev, found.stat.st_ino)
+    place: Place | None = ctx.memo.get(key)
+    if place is None:
+        place = ctx.memo[key] = _locate(found, ctx)
+    return place
+
+
+def _locate(found: Found, ctx: DumpContext) -> Place:
     external = _external(found, ctx)
     if external:
         return external
@@ -184,13 +206,13 @@ def _in_proc(found: Found, ctx: DumpContext) -> Place:
     if not first or not first[0].isdigit():
         return Place(NAMED, found.target)
     pid = int(first[0])
-    if not os.path.exists(f"/proc/{pid}"):
+    if not os.path.exists(f"{ctx.proc}/{pid}"):
         return Place(DEAD_TASK, name, pid)
     if found.target.endswith(_DELETED):
         raise found.refuse(
             f"it is about an earlier task {pid}, and another one has that number now"
         )
-    if any(pid in (task.pid, task.vpid) for task in ctx.tasks.values()) or pid == found.pid:
+    if any(pid == task.vpid for task in ctx.tasks.values()) or pid == ctx.number(found.pid):
         return Place(LIVE_TASK, found.target, pid)
     return Place(NAMED, found.target)
 
@@ -211,11 +233,43 @@ def _linked(found: Found, ctx: DumpContext, name: bytes) -> Place:
     if not _mount_is_visible(found) or not (found.target.endswith(_DELETED) or _silly(found)):
         raise _unreachable(found, ctx)
     if not ctx.options.link_remap:
+        from . import carried
+
+        others = carried.other_names(found, name, ctx) if carried.concerns(found, name) else []
+        if others:
+            return Place(OTHER, name, other=others[0])
+        other = _name_beside(found, ctx, name) if not _silly(found) else b""
+        if other:
+            return Place(NAMED, other)
         raise found.refuse(
             f"its name was removed, while {found.stat.st_nlink} others of the same file remain",
             hint="--link-remap makes a link for the restore to find it by",
         )
     return Place(LINKED, name)
+
+
+def _name_beside(found: Found, ctx: DumpContext, name: bytes) -> bytes:
+    """Another name of the same file in the same directory, b"" for none.
+
+    A semaphore of sem_open(3) is made by a name of the moment, which is removed once it has the proper one.
+    """
+    folder = os.path.dirname(name)
+    root = namespace_root(ctx, found.pid)
+    try:
+        opened = os.open(below(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    except OSError:
+        return b""
+    try:
+        with os.scandir(opened) as entries:
+            alike = [os.fsencode(entry.name) for entry in entries if entry.inode() == found.stat.st_ino]
+    finally:
+        os.close(opened)
+    for one in alike:
+        path = os.path.join(folder, one)
+        here = stat_or_none(root, path)
+        if here is not None and (here.st_dev, here.st_ino) == (found.stat.st_dev, found.stat.st_ino):
+            return path
+    return b""
 
 
 def _unreachable(found: Found, ctx: DumpContext) -> Unsupported:

@@ -1,8 +1,8 @@
 """Files that are not found by the name in their entry, and what stands in for the name.
 
 Image: remap-fpath. GHOST: the file is deleted, see ghost.py. LINKED: it has other names, and the
-dump gave it one more (``link_remap.N``), which is removed after a restore. PROCFS: a file of /proc
-about a task that is gone.
+dump gave it one more (``link_remap.N``), which is removed after a restore. NAMED, ours: it has other
+names, of which one is known (POSIX semaphores). PROCFS: a file of /proc about a task that is gone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .. import log
 from ..errors import ImageError, KernelError, Unsupported
 from ..images import schema as pb
 from ..linux.call import address_of, buffer, call, try_call
-from . import ghost, paths
+from . import carried, ghost, paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ..images.schema import Message
     from .base import BuildContext, DumpContext
 
-LINKED, GHOST, PROCFS = 0, 1, 2
+LINKED, GHOST, PROCFS, NAMED = 0, 1, 2, 1000
 OLD_GHOST = 1 << 31  # in remap_id, of images without remap_type
 
 
@@ -40,6 +40,11 @@ def dump(found: paths.Found, place: paths.Place, file_id: int, ctx: DumpContext)
             _write(ctx, file_id, linked, LINKED)
         else:
             _write(ctx, file_id, ghost.dump(found, ctx), GHOST)
+    elif place.how == paths.OTHER:
+        key = ("other name", found.stat.st_dev, found.stat.st_ino, place.other)
+        if key not in ctx.memo:
+            ctx.memo[key] = _write_link(found, place.other, ctx.new_id("file"), ctx)
+        _write(ctx, file_id, ctx.memo[key], NAMED)
     elif place.how == paths.DEAD_TASK:
         _write(ctx, file_id, place.pid, PROCFS)
 
@@ -58,13 +63,20 @@ def _linked_id(found: paths.Found, name: bytes, ctx: DumpContext) -> int:
         file_id = ctx.new_id("file")
         link = _make_link(found, name, b"link_remap.%d" % file_id, ctx)
         if link:
-            entry = pb.file_entry(type=pb.fd_types.REG, id=file_id)
-            entry.reg.id, entry.reg.flags, entry.reg.pos = file_id, 0, 0
-            entry.reg.fown.CopyFrom(no_owner())
-            pb.put_bytes(entry.reg, "name", link)
-            ctx.images.append("files", entry)
+            _write_link(found, link, file_id, ctx)
         ctx.memo[key] = file_id if link else 0
     return int(ctx.memo[key])
+
+
+def _write_link(found: paths.Found, name: bytes, file_id: int, ctx: DumpContext) -> int:
+    """Write the entry ``file_id`` for another name of a file, which nobody has open by it."""
+    entry = pb.file_entry(type=pb.fd_types.REG, id=file_id)
+    entry.reg.id, entry.reg.flags, entry.reg.pos = file_id, 0, 0
+    entry.reg.fown.CopyFrom(no_owner())
+    pb.put_bytes(entry.reg, "name", name)
+    carried.add(entry.reg, found, name, ctx)
+    ctx.images.append("files", entry)
+    return file_id
 
 
 def _make_link(found: paths.Found, name: bytes, last: bytes, ctx: DumpContext) -> bytes:
@@ -75,7 +87,7 @@ def _make_link(found: paths.Found, name: bytes, last: bytes, ctx: DumpContext) -
     while True:
         link = os.path.join(parent, last)
         try:
-            os.link(found.proc_link, paths.below(link), dst_dir_fd=root, follow_symlinks=True)
+            root = _link(found, link, root, ctx)
         except FileNotFoundError:
             if parent not in (b"/", b""):
                 parent = os.path.dirname(parent)
@@ -97,6 +109,22 @@ def _make_link(found: paths.Found, name: bytes, last: bytes, ctx: DumpContext) -
         links = ctx.memo.setdefault("link remaps", [])
         links.append((root, link))
         return link
+
+
+def _link(found: paths.Found, link: bytes, root: int, ctx: DumpContext) -> int:
+    """Give the file another name; returns a descriptor of the root directory below which it was given, which need not
+    be ``root``: a task in a mount namespace of its own may have files that were opened for it in ours.
+    """
+    try:
+        os.link(found.proc_link, paths.below(link), dst_dir_fd=root, follow_symlinks=True)
+        return root
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    ours = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    ctx.adopt(ours)
+    os.link(found.proc_link, paths.below(link), dst_dir_fd=ours, follow_symlinks=True)
+    return ours
 
 
 def remove_links(ctx: DumpContext) -> None:
@@ -146,8 +174,8 @@ def open_remapped(ctx: BuildContext, entry: Message, flags: int, kind: int, numb
     users = _users(ctx, kind, number)
     if kind == GHOST:
         found = ghost.anchors(ctx, number, users)
-    elif kind == LINKED:
-        found = ctx.once(("linked", number), lambda: _linked_anchors(ctx, number, users))
+    elif kind in (LINKED, NAMED):
+        found = ctx.once(("linked", number), lambda: _linked_anchors(ctx, number, users, stays=kind == NAMED))
     else:
         raise ImageError("remap-fpath.img", f"file {entry.id}", f"remap type {kind} is not known")
     if flags == entry.flags and entry.id in found.ready:
@@ -166,9 +194,11 @@ def _users(ctx: BuildContext, kind: int, number: int) -> list[Message]:
     ]
 
 
-def _linked_anchors(ctx: BuildContext, number: int, users: list[Message]) -> ghost.Anchors:
-    if number not in ctx.files:
+def _linked_anchors(ctx: BuildContext, number: int, users: list[Message], *, stays: bool) -> ghost.Anchors:
+    """The file that the entry ``number`` names; it loses that name after a restore unless that ``stays``."""
+    if number not in ctx.files or not hasattr(ctx.files[number][1], "name"):
         raise ImageError("remap-fpath.img", f"remap to file {number}", "there is no such file")
+    carried.ensure(ctx, ctx.files[number][1])
     link = pb.get_bytes(ctx.files[number][1].name)
     found = ghost.Anchors()
     for user in users:
@@ -187,6 +217,8 @@ def _linked_anchors(ctx: BuildContext, number: int, users: list[Message]) -> gho
             found.by_name[name] = ctx.keep(os.open(shown, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
             same = [other for other in users if pb.get_bytes(other.name) == name]
             ghost.open_now(ctx, found, same, shown)
+    if stays:
+        return found
     # The images can be restored again as long as the restore has not succeeded.
     ctx.memo.setdefault("after_restore", []).append(lambda: _unlink(link))
     return found

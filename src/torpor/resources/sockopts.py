@@ -13,20 +13,21 @@ import struct
 from ..errors import Unsupported
 from ..images import schema as pb
 from ..linux.call import address_of, buffer, call
-from ..linux.sockets import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET, Socket, socket
+from ..linux.sockets import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET, Plain, socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
 
     from ..images.schema import Message
+    from .asked import Asked
 
 # include/uapi/asm-generic/socket.h
 SO_REUSEADDR, SO_DONTROUTE, SO_BROADCAST, SO_SNDBUF, SO_RCVBUF, SO_KEEPALIVE = 2, 5, 6, 7, 8, 9
 SO_OOBINLINE, SO_NO_CHECK, SO_PRIORITY, SO_LINGER, SO_REUSEPORT, SO_PASSCRED = 10, 11, 12, 13, 15, 16
 SO_RCVLOWAT, SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_ATTACH_FILTER = 18, 20, 21, 25, 26
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PASSSEC, SO_MARK, SO_BUF_LOCK = 32, 33, 34, 36, 72
-SO_PEEK_OFF, SO_LOCK_FILTER = 42, 44
+SO_PEEK_OFF, SO_LOCK_FILTER, SO_INCOMING_CPU = 42, 44, 49
 
 AF_UNIX, AF_NETLINK = 1, 16
 IFNAMSIZ = 16
@@ -46,13 +47,14 @@ _NUMBERS = {
     "so_oobinline": SO_OOBINLINE,
 }
 _PASSED = ("so_passcred", "so_passsec")  # only where messages carry them
+_ANY_CPU = b"\xff\xff\xff\xff"
 _UNSET_IF_ZERO = ("so_mark",)  # needs CAP_NET_ADMIN to be set
 #: Further ones: SO_DEBUG, SO_TIMESTAMP and TIMESTAMPNS (both forms), TIMESTAMPING (both), RXQ_OVFL,
-#: WIFI_STATUS, NOFCS, SELECT_ERR_QUEUE, BUSY_POLL, MAX_PACING_RATE, ZEROCOPY, PREFER_BUSY_POLL,
+#: WIFI_STATUS, NOFCS, SELECT_ERR_QUEUE, BUSY_POLL, MAX_PACING_RATE, ZEROCOPY, TXTIME, PREFER_BUSY_POLL,
 #: BUSY_POLL_BUDGET, TXREHASH, RCVMARK, PASSPIDFD, RCVPRIORITY, PASSRIGHTS. Option → bytes.
 _MORE = {
     1: 4, 29: 4, 35: 4, 63: 4, 64: 4, 37: 8, 65: 8, 40: 4, 41: 4, 43: 4, 45: 4, 46: 4, 47: 8, 60: 4,
-    69: 4, 70: 4, 74: 4, 75: 4, 76: 4, 82: 4, 83: 4,
+    61: 8, 69: 4, 70: 4, 74: 4, 75: 4, 76: 4, 82: 4, 83: 4,
 }  # fmt: skip
 #: Kernels without an option, and families that have none such, say so with these.
 _UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL)
@@ -65,41 +67,57 @@ _defaults: dict[tuple[int, int, int], dict[int, bytes]] = {}
 
 def dump(fd: int) -> Message:
     """The sk_opts_entry of a socket. Raises Unsupported when it has a filter that cannot be read."""
-    entry = pb.sk_opts_entry()
-    with Socket(fd) as sock:
-        get = sock.getsockopt
-        entry.so_sndbuf, entry.so_rcvbuf = get(SOL_SOCKET, SO_SNDBUF), get(SOL_SOCKET, SO_RCVBUF)
-        passes = get(SOL_SOCKET, SO_DOMAIN) in (AF_UNIX, AF_NETLINK)
-        for field, option in _NUMBERS.items():
-            if field in _PASSED and not passes:
-                continue
-            value = get(SOL_SOCKET, option)
-            if value or field not in _UNSET_IF_ZERO:
-                setattr(entry, field, value)
-        times = struct.unpack(
-            "=qqqq", get(SOL_SOCKET, SO_SNDTIMEO, 16) + get(SOL_SOCKET, SO_RCVTIMEO, 16)
-        )
-        entry.so_snd_tmo_sec, entry.so_snd_tmo_usec = times[:2]
-        entry.so_rcv_tmo_sec, entry.so_rcv_tmo_usec = times[2:]
-        on, seconds = struct.unpack("=ii", get(SOL_SOCKET, SO_LINGER, 8))
-        if on:
-            entry.so_linger = seconds & 0xFFFFFFFF
-        locked = _get(sock, SO_BUF_LOCK, 4)
-        if locked is not None:
-            entry.so_buf_lock = int.from_bytes(locked, "little")
-        device = get(SOL_SOCKET, SO_BINDTODEVICE, IFNAMSIZ).rstrip(b"\0")
-        if device:
-            pb.put_bytes(entry, "so_bound_dev", device)
-        usual = _usual(sock)
-        for option, value_ in usual.items():
-            now = _get(sock, option, len(value_))
-            if now is not None and now != value_:
-                entry.more.add(level=SOL_SOCKET, name=option, value=now)
-    entry.so_filter.extend(_filter(fd))
+    with Plain(fd) as sock:
+        entry = read(sock)
+        cpu = _get(sock, SO_INCOMING_CPU, 4)
+    read_own(fd, entry)
+    if cpu not in (None, _ANY_CPU):  # not among those of connections, where packets change it
+        entry.more.add(level=SOL_SOCKET, name=SO_INCOMING_CPU, value=cpu)
     return entry
 
 
-def _get(sock: _socket.socket, option: int, size: int) -> bytes | None:
+def read_own(fd: int, entry: Message) -> None:
+    """Add what differs from socket to socket: sizes of buffers, which the kernel changes by itself, and the filter."""
+    with Plain(fd) as sock:
+        get = sock.getsockopt
+        entry.so_sndbuf, entry.so_rcvbuf = get(SOL_SOCKET, SO_SNDBUF), get(SOL_SOCKET, SO_RCVBUF)
+    entry.so_filter.extend(_filter(fd))
+
+
+def read(sock: _socket.socket | Asked) -> Message:
+    """The sk_opts_entry of a socket, which is not complete without :func:`read_own`."""
+    entry = pb.sk_opts_entry()
+    get = sock.getsockopt
+    passes = get(SOL_SOCKET, SO_DOMAIN) in (AF_UNIX, AF_NETLINK)
+    for field, option in _NUMBERS.items():
+        if field in _PASSED and not passes:
+            continue
+        value = get(SOL_SOCKET, option)
+        if value or field not in _UNSET_IF_ZERO:
+            setattr(entry, field, value)
+    times = struct.unpack(
+        "=qqqq", get(SOL_SOCKET, SO_SNDTIMEO, 16) + get(SOL_SOCKET, SO_RCVTIMEO, 16)
+    )
+    entry.so_snd_tmo_sec, entry.so_snd_tmo_usec = times[:2]
+    entry.so_rcv_tmo_sec, entry.so_rcv_tmo_usec = times[2:]
+    on, seconds = struct.unpack("=ii", get(SOL_SOCKET, SO_LINGER, 8))
+    if on:
+        entry.so_linger = seconds & 0xFFFFFFFF
+    locked = _get(sock, SO_BUF_LOCK, 4)
+    if locked is not None:
+        entry.so_buf_lock = int.from_bytes(locked, "little")
+    device = get(SOL_SOCKET, SO_BINDTODEVICE, IFNAMSIZ).rstrip(b"\0")
+    if device:
+        pb.put_bytes(entry, "so_bound_dev", device)
+    usual = _usual(sock)
+    for option, value_ in usual.items():
+        now = _get(sock, option, len(value_))
+        if now is not None and now != value_:
+            entry.more.add(level=SOL_SOCKET, name=option, value=now)
+    return entry
+
+
+def _get(sock: _socket.socket | Asked, option: int, size: int) -> bytes | None:
     try:
         return sock.getsockopt(SOL_SOCKET, option, size)
     except OSError as error:
@@ -108,7 +126,7 @@ def _get(sock: _socket.socket, option: int, size: int) -> bytes | None:
         return None
 
 
-def _usual(sock: _socket.socket) -> dict[int, bytes]:
+def _usual(sock: _socket.socket | Asked) -> dict[int, bytes]:
     """Option → value in a new socket of the same kind, of the options that go to ``more``."""
     one, two, three = (sock.getsockopt(SOL_SOCKET, what) for what in (SO_DOMAIN, SO_TYPE, SO_PROTOCOL))
     key = one, two, three
@@ -116,7 +134,7 @@ def _usual(sock: _socket.socket) -> dict[int, bytes]:
         found = {}
         fresh = socket(*key)
         try:
-            with Socket(fresh) as new:
+            with Plain(fresh) as new:
                 for option, size in (*_MORE.items(), (SO_PEEK_OFF, 4), (SO_LOCK_FILTER, 4)):
                     value = _get(new, option, size)
                     if value is not None:
@@ -153,7 +171,7 @@ def _filter(fd: int) -> list[int]:
 
 def restore(fd: int, entry: Message) -> None:
     """Give a socket these options. Those that it has already are left alone, for not all can be set."""
-    with Socket(fd) as sock:
+    with Plain(fd) as sock:
         get, put = sock.getsockopt, sock.setsockopt
         for size, option, force in (
             (entry.so_sndbuf, SO_SNDBUF, SO_SNDBUFFORCE),
@@ -180,12 +198,13 @@ def restore(fd: int, entry: Message) -> None:
             put(SOL_SOCKET, SO_LINGER, struct.pack("=iI", 1, entry.so_linger))
         if entry.HasField("so_bound_dev"):
             put(SOL_SOCKET, SO_BINDTODEVICE, pb.get_bytes(entry.so_bound_dev) + b"\0")
-        _attach_filter(fd, list(entry.so_filter))
+        attach_filter(fd, list(entry.so_filter))
         for one in entry.more:
             put(one.level, one.name, one.value)
 
 
-def _attach_filter(fd: int, words: list[int]) -> None:
+def attach_filter(fd: int, words: list[int]) -> None:
+    """SO_ATTACH_FILTER with a classic BPF program in the form of the images; none if there are no words."""
     if not words:
         return
     program = buffer(8 * len(words))
@@ -197,6 +216,6 @@ def _attach_filter(fd: int, words: list[int]) -> None:
 
 def need_room(fd: int, size: int) -> None:
     """Let at least ``size`` bytes wait to be read by the peer; options are restored afterwards."""
-    with Socket(fd) as sock:
+    with Plain(fd) as sock:
         if sock.getsockopt(SOL_SOCKET, SO_SNDBUF) < size:
             sock.setsockopt(SOL_SOCKET, SO_SNDBUFFORCE, min(size, (1 << 30) - 1))

@@ -10,6 +10,7 @@ send queue counts as sent. The FIN of the peer is the one thing that it cannot b
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import struct
 
@@ -25,6 +26,9 @@ from .network_lock import MARK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from ..images.schema import Message
     from .network_lock import Quad
 
@@ -39,6 +43,8 @@ _MSS, _WINDOW, _SACK_PERMITTED, _TIMESTAMP = 2, 3, 4, 8
 SIOCINQ, SIOCOUTQ, SIOCOUTQNSD = 0x541B, 0x5411, 0x894B
 SO_PEERNAME, SO_DETACH_FILTER = 28, 27
 _FIN, _ACK = 1, 16
+# include/net/tcp.h: TCP_MIN_MSS, MAX_TCP_WINDOW, TCP_MSS_DEFAULT, TCPOLEN_TSTAMP_ALIGNED
+_MSS_MIN, _MSS_MAX, _MSS_DEFAULT, _TIMESTAMP_BYTES = 88, 32767, 536, 12
 _WINDOW_FIELDS = ("snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
 _CHUNK_BYTES = 1 << 16  # one linear buffer in the kernel
 _BUFFER_BYTES_MAX = (1 << 30) - 1
@@ -76,7 +82,7 @@ def repair(fd: int, *, on: bool) -> None:
 
 def peer_name(fd: int, size: int) -> bytes:
     """The sockaddr (``size`` bytes) of the peer, also of one that is not connected any more; b"" for none."""
-    with sockets.Socket(fd) as sock:
+    with sockets.Plain(fd) as sock:
         try:
             return sock.getsockopt(sockets.SOL_SOCKET, SO_PEERNAME, size)
         except OSError as error:
@@ -88,37 +94,38 @@ def peer_name(fd: int, size: int) -> bytes:
 # ---------------------------------------------------------------------- dump
 
 
-def save(fd: int) -> tuple[Message, bytes, bytes, int]:
-    """(tcp_stream_entry, bytes to be read, bytes to be acknowledged or sent, state) of a socket under repair.
+Sizes = tuple[int, int, int, int]
+
+
+def save(fd: int) -> tuple[Message, bytes, bytes, Sizes]:
+    """(tcp_stream_entry, bytes to be read, bytes to be acknowledged or sent, sizes) of a socket under repair.
 
     Raises Unsupported when it cannot be read.
     """
+    before = sizes(fd)
     for _ in range(_TRIES):
-        before = sizes(fd)
-        found = _save(fd)
-        if found is not None and sizes(fd) == before:
-            return found
+        found, after = _save(fd, before), sizes(fd)
+        if found is not None and after == before:
+            return (*found, after)
+        before = after
     raise Unsupported("the connection does not come to rest", hint="use --network-lock nftables, not skip")
 
 
-def sizes(fd: int) -> tuple[int, ...]:
+def sizes(fd: int) -> Sizes:
     """What moves as long as packets do, while nobody reads and writes: the state, and how much is in the queues."""
-    state = Info(fd).state
-    return (state, *(_queued(fd, what) for what in (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD)))
+    return Info(fd).state, _queued(fd, SIOCINQ), _queued(fd, SIOCOUTQ), _queued(fd, SIOCOUTQNSD)
 
 
 def _queued(fd: int, request: int) -> int:
-    import fcntl
-
     return int.from_bytes(fcntl.ioctl(fd, request, bytes(4)), "little")
 
 
-def _save(fd: int) -> tuple[Message, bytes, bytes, int] | None:
+def _save(fd: int, shown: Sizes) -> tuple[Message, bytes, bytes] | None:
     info = Info(fd)
-    received, sending, unsent = (_queued(fd, what) for what in (SIOCINQ, SIOCOUTQ, SIOCOUTQNSD))
-    if info.state == states.CLOSE:
+    state, received, sending, unsent = shown
+    if state == states.CLOSE:
         sending = unsent = 0  # nobody will take it any more
-    elif info.state in FIRST_FIN or info.state in SECOND_FIN:
+    elif state in FIRST_FIN or state in SECOND_FIN:
         # The FIN counts as a byte.
         sending, unsent = max(sending - 1, 0), max(unsent - 1, 0)
     entry = pb.tcp_stream_entry(
@@ -138,7 +145,7 @@ def _save(fd: int) -> tuple[Message, bytes, bytes, int] | None:
     put(fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
     if (len(to_read), len(to_send)) != (received, sending):
         return None  # an acknowledgement came in between
-    return entry, to_read, to_send, info.state
+    return entry, to_read, to_send
 
 
 def _read_queue(fd: int, queue: int, size: int) -> tuple[int, bytes]:
@@ -147,7 +154,7 @@ def _read_queue(fd: int, queue: int, size: int) -> tuple[int, bytes]:
     sequence = number(fd, SOL_TCP, TCP_QUEUE_SEQ)
     if not size:
         return sequence, b""
-    with sockets.Socket(fd) as sock:
+    with sockets.Plain(fd) as sock:
         return sequence, sock.recv(size + 1, sockets.MSG_PEEK | sockets.MSG_DONTWAIT)
 
 
@@ -161,7 +168,7 @@ class Connection:
     answer can harm it, and closing it tells nobody.
     """
 
-    __slots__ = ("entry", "fd", "local", "peer", "sending", "stream", "unsent")
+    __slots__ = ("_put", "entry", "fd", "local", "peer", "sending", "stream", "unsent")
 
     def __init__(
         self,
@@ -182,7 +189,9 @@ class Connection:
         self.sending = to_send[: len(to_send) - length]
         self.unsent = to_send[len(to_send) - length :]
         self._check()
-        self.build(to_read)
+        with sockets.Plain(fd) as sock:  # one for all its options
+            self._put = sock.setsockopt
+            self.build(to_read)
 
     def _check(self) -> None:
         image = f"tcp-stream-{self.entry.ino:x}.img"
@@ -208,32 +217,52 @@ class Connection:
     def build(self, to_read: bytes) -> None:
         """Everything that does not make the socket send."""
         fd, state, stream = self.fd, self.entry.state, self.stream
-        _hold_back(fd)
-        repair(fd, on=True)
+        _hold_back(self._put)
+        self._put(SOL_TCP, TCP_REPAIR, 1)
         call("bind", fd, self.local, len(self.local))
         if state in FIN_CAME:
             stream.inq_seq = (stream.inq_seq - 1) & 0xFFFFFFFF
         if state in FIRST_FIN or state in SECOND_FIN:
             stream.outq_seq = (stream.outq_seq - 1) & 0xFFFFFFFF
         for option in (sockopts.SO_RCVBUFFORCE, sockopts.SO_SNDBUFFORCE):
-            put(fd, sockets.SOL_SOCKET, option, _room(stream))
-        _set_sequence(fd, RECV_QUEUE, stream.inq_seq - len(to_read))
+            self._put(sockets.SOL_SOCKET, option, _room(stream))
+        self._set_sequence(RECV_QUEUE, stream.inq_seq - len(to_read))
         first = stream.outq_seq - len(self.sending) - len(self.unsent)
-        _set_sequence(fd, SEND_QUEUE, first - (state == states.SYN_SENT))
+        self._set_sequence(SEND_QUEUE, first - (state == states.SYN_SENT))
         if state == states.SYN_SENT:
             return  # its SYN goes out when we let go
+        self._put(SOL_TCP, TCP_MAXSEG, self._segment())
         call("connect", fd, self.peer, len(self.peer))
+        self._put(SOL_TCP, TCP_MAXSEG, 0)
         self._set_options()
         self._fill(RECV_QUEUE, to_read)
         self._fill(SEND_QUEUE, self.sending)
         if self.unsent_fin:
             # As long as we know of no window of the peer's nothing is sent.
-            put(fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
-            put(fd, SOL_TCP, TCP_REPAIR, OFF_IN_SILENCE)
+            self._put(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE)
+            self._put(SOL_TCP, TCP_REPAIR, OFF_IN_SILENCE)
             _write(fd, self.unsent)
-            repair(fd, on=True)
+            self._put(SOL_TCP, TCP_REPAIR, 1)
         self._set_window()
+        if self.entry.opts.so_rcvbuf:
+            # Before it says how much it takes: the peer would send segments of half of that, and wait for room.
+            self._put(sockets.SOL_SOCKET, sockopts.SO_RCVBUFFORCE, self.entry.opts.so_rcvbuf // 2)
         self._close_as_it_was()
+
+    def _segment(self) -> int:
+        """Bytes of the largest segment that it is to send.
+
+        The kernel settles that when it connects, by what it knows then, and does not come back to it when it is told
+        what was agreed on (tcp_connect_init(), tcp_repair_options_est()): it would stay at 536.
+        """
+        stream, room = self.stream, self.stream.max_window
+        half = room // 2 if room > _MSS_DEFAULT else room  # tcp_bound_to_half_wnd()
+        most = min(stream.mss_clamp, half + _TIMESTAMP_BYTES) if room else stream.mss_clamp
+        return int(min(max(most, _MSS_MIN), _MSS_MAX))
+
+    def _set_sequence(self, queue: int, sequence: int) -> None:
+        self._put(SOL_TCP, TCP_REPAIR_QUEUE, queue)
+        self._put(SOL_TCP, TCP_QUEUE_SEQ, struct.pack("=I", sequence & 0xFFFFFFFF))
 
     def _set_options(self) -> None:
         stream, mask, agreed = self.stream, self.stream.opt_mask, []
@@ -244,12 +273,12 @@ class Connection:
         if mask & TCPI_OPT_TIMESTAMPS:
             agreed.append((_TIMESTAMP, 0))
         agreed.append((_MSS, stream.mss_clamp))
-        put(self.fd, SOL_TCP, TCP_REPAIR_OPTIONS, b"".join(struct.pack("=II", *pair) for pair in agreed))
+        self._put(SOL_TCP, TCP_REPAIR_OPTIONS, b"".join(struct.pack("=II", *pair) for pair in agreed))
         if mask & TCPI_OPT_TIMESTAMPS:
-            put(self.fd, SOL_TCP, TCP_TIMESTAMP, struct.pack("=I", stream.timestamp))
+            self._put(SOL_TCP, TCP_TIMESTAMP, struct.pack("=I", stream.timestamp))
 
     def _fill(self, queue: int, data: bytes) -> None:
-        put(self.fd, SOL_TCP, TCP_REPAIR_QUEUE, queue)
+        self._put(SOL_TCP, TCP_REPAIR_QUEUE, queue)
         _write(self.fd, data)
 
     def _set_window(self) -> None:
@@ -261,7 +290,7 @@ class Connection:
             # The FIN took one; rcv_wup must not be ahead of what was received.
             window[3] += 1
             window[4] = (window[4] - 1) & 0xFFFFFFFF
-        put(self.fd, SOL_TCP, TCP_REPAIR_WINDOW, struct.pack("=5I", *window))
+        self._put(SOL_TCP, TCP_REPAIR_WINDOW, struct.pack("=5I", *window))
 
     def _close_as_it_was(self) -> None:
         state, stream = self.entry.state, self.stream
@@ -278,7 +307,7 @@ class Connection:
 
     def _send_fin(self) -> None:
         """Our FIN, as one that was sent: for the send queue under repair nothing goes out."""
-        put(self.fd, SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE if self.unsent_fin else SEND_QUEUE)
+        self._put(SOL_TCP, TCP_REPAIR_QUEUE, NO_QUEUE if self.unsent_fin else SEND_QUEUE)
         try:
             sockets.shutdown(self.fd, 1)
         except KernelError as error:
@@ -322,11 +351,6 @@ def _room(stream: Message) -> int:
     return int(min(8 * most + (1 << 20), _BUFFER_BYTES_MAX // 2))
 
 
-def _set_sequence(fd: int, queue: int, sequence: int) -> None:
-    put(fd, SOL_TCP, TCP_REPAIR_QUEUE, queue)
-    put(fd, SOL_TCP, TCP_QUEUE_SEQ, struct.pack("=I", sequence & 0xFFFFFFFF))
-
-
 def _write(fd: int, data: bytes) -> None:
     """Write all of it. The kernel takes what goes into one buffer, and less when memory is short."""
     view, size = memoryview(data), _CHUNK_BYTES
@@ -352,14 +376,18 @@ def _let_packets_in(fd: int) -> None:
     put(fd, sockets.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
-def _hold_back(fd: int) -> None:
+def _hold_back(put: Callable[[int, int, bytes], None]) -> None:
     """Let only packets through that carry our mark: load it (SKF_AD_MARK), compare, take all or nothing."""
-    code = ((0x20, 0, 0, 0xFFFFF000 + 20), (0x15, 0, 1, MARK), (6, 0, 0, 0xFFFFFFFF), (6, 0, 0, 0))
-    program = buffer(8 * len(code))
-    for index, instruction in enumerate(code):
-        struct.pack_into("=HBBI", program, 8 * index, *instruction)
-    head = struct.pack("@HP", len(code), address_of(program))
-    call("setsockopt", fd, sockets.SOL_SOCKET, sockopts.SO_ATTACH_FILTER, head, len(head))
+    if not _filter:
+        code = ((0x20, 0, 0, 0xFFFFF000 + 20), (0x15, 0, 1, MARK), (6, 0, 0, 0xFFFFFFFF), (6, 0, 0, 0))
+        program = buffer(8 * len(code))
+        program.raw = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+        _filter.extend((program, struct.pack("@HP", len(code), address_of(program))))
+    put(sockets.SOL_SOCKET, sockopts.SO_ATTACH_FILTER, _filter[1])
+
+
+#: The filter's instructions, which must stay where they are, and the struct sock_fprog that points to them.
+_filter: list[Any] = []
 
 
 # ---------------------------------------------------------------------- packets

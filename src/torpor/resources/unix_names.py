@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .base import BuildContext
 
 SIOCUNIXFILE = 0x89E0
+RENAMED = "unix renamed"  # a key of ctx.memo: name in the images → name now, see unix_remap.py
 
 
 class BoundFile:
@@ -83,7 +84,11 @@ def bind(fd: int, entry: Message, ctx: BuildContext) -> int:
                 sockets.bind(fd, name)
             except KernelError as error:
                 if error.errno == errno.EADDRINUSE:
-                    raise Unsupported("another socket has that name now") from None
+                    raise Unsupported(
+                        "another socket has that name now",
+                        hint="abstract names are those of a network namespace: end its process, or for a copy one of "
+                        "its own (torpor clone --net new)",
+                    ) from None
                 raise
             return -1
         folder = pb.get_bytes(entry.name_dir) or b"/"
@@ -129,10 +134,13 @@ def _make_way(path: bytes, ctx: BuildContext) -> None:
     if not stat.S_ISSOCK(left.st_mode):
         raise Unsupported("a file that is no socket has its name now", hint="move that file away")
     if _is_used(path):
+        folder = os.fsdecode(os.path.dirname(path))
         raise Unsupported(
             "another process has bound a socket to its name",
-            hint="end that process; removing the file would cut it off from its clients",
-        )
+            hint=f"--overlay {folder} gives each copy files of its own there, --remap-address {os.fsdecode(path)}=NEW "
+            "another name" if ctx.options.own_pids
+            else "end that process; removing the file would cut it off from its clients",
+        )  # fmt: skip
     os.unlink(path)
 
     def put_back() -> None:

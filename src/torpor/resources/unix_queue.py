@@ -15,6 +15,7 @@ from ..images import schema as pb
 from ..linux import sockets
 from ..linux.sockets import SO_ERROR, SO_PEEK_OFF, SOCK_STREAM, SOL_SOCKET, Message, Socket
 from .apart import Identity, apart
+from .unix_names import RENAMED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def _write(message: Message, source: SourceFile, ctx: DumpContext) -> None:
     if message.sender:
         entry.sender = message.sender
     if message.cred is not None and message.cred[0] > 0:
-        entry.cred.pid, entry.cred.uid, entry.cred.gid = message.cred
+        pid, entry.cred.uid, entry.cred.gid = message.cred
+        entry.cred.pid = ctx.number(pid)
     ctx.images.append("sk-queues", entry, message.data)
 
 
@@ -126,7 +128,10 @@ def packets(ctx: BuildContext, file_id: int) -> list[Packet]:
 
 def _load(ctx: BuildContext) -> dict[int, list[Packet]]:
     found: dict[int, list[Packet]] = {}
+    renamed = ctx.memo.get(RENAMED, {})
     for entry, data in ctx.images.iter_with_payload("sk-queues"):
+        if entry.sender in renamed:
+            entry.sender = renamed[entry.sender]
         found.setdefault(entry.id_for, []).append((entry, data))
         for scm in entry.scm:
             for file_id in scm.rights:

@@ -18,11 +18,12 @@ from ..proc import fdinfo, mountinfo
 from ..proc.fdinfo_watches import device
 from ..proc.read import numbers, read
 from . import ghost, remap
-from .paths import below, namespace_root
+from .paths import below, namespace_root, within
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from ..images.schema import Message
     from ..proc.fdinfo_watches import FileHandle
@@ -77,7 +78,9 @@ def find(watched: Watched, source: SourceFile, ctx: DumpContext) -> bytes:
     """A path of the inode; b"" if it has none, but will be found: deleted, or by its handle alone."""
     key = ("watched", watched.sdev, watched.ino)
     if key not in ctx.memo:
-        ctx.memo[key] = _find(watched, source, ctx)
+        hint = ctx.hints.get(key)
+        known = hint and _is_there(hint, watched, namespace_root(ctx, source.holder), ctx.memo)
+        ctx.memo[key] = ctx.hints[key] = hint if known else _find(watched, source, ctx)
     path: bytes | None = ctx.memo[key]
     if path is None:
         raise Unsupported(
@@ -90,90 +93,115 @@ def find(watched: Watched, source: SourceFile, ctx: DumpContext) -> bytes:
 def _find(watched: Watched, source: SourceFile, ctx: DumpContext) -> bytes | None:
     root = namespace_root(ctx, source.holder)
     opened = False
-    for mount in _mounts(watched.sdev, source.holder):
-        fd = _open_handle(watched, mount, root)
+    for mount in _mounts(watched.sdev, source.holder, ctx.memo):
+        at = _directory(mount, source.holder, root, ctx)
+        fd, links = _open_handle(watched, at) if at >= 0 else (-1, 0)
         if fd < 0:
             continue
         try:
             opened = True
-            if not os.fstat(fd).st_nlink:
+            if not links:
                 return b""
             path = os.readlink(b"/proc/self/fd/%d" % fd)
         finally:
             os.close(fd)
-        if _is_there(path, watched, root):
+        if _is_there(path, watched, root, ctx.memo):
             return path
     options = ctx.options
     places = [*options.irmap_scan_path, *HINTS]
     if not opened or options.force_irmap:
-        found = _search(watched, [os.fsencode(place) for place in places], root)
+        found = _search(watched, [os.fsencode(place) for place in places], root, ctx.memo)
         if found:
             return found
     if opened:
         return b""
     for path in _known_paths(source.holder):
-        if _is_there(path, watched, root):
+        if _is_there(path, watched, root, ctx.memo):
             return path
-    mountpoints = [mount.mountpoint for mount in _mounts(watched.sdev, source.holder)]
-    return _search(watched, mountpoints, root)
+    mountpoints = [mount.mountpoint for mount in _mounts(watched.sdev, source.holder, ctx.memo)]
+    return _search(watched, mountpoints, root, ctx.memo)
 
 
-def _mounts(sdev: int, pid: int) -> list[Mount]:
-    return [one for one in mountinfo.parse(read(pid, "mountinfo")) if one.dev == device(sdev)]
+def _mounts(sdev: int, pid: int, memo: dict[object, Any]) -> list[Mount]:
+    """The mounts of a device that a task has; read once."""
+    key = ("mounts by device", pid)
+    if key not in memo:
+        by_device: dict[tuple[int, int], list[Mount]] = {}
+        for one in mountinfo.parse(read(pid, "mountinfo")):
+            by_device.setdefault(one.dev, []).append(one)
+        memo[key] = by_device
+    found: list[Mount] = memo[key].get(device(sdev), [])
+    return found
 
 
-def _open_handle(watched: Watched, mount: Mount, root: int) -> int:
-    """An O_PATH descriptor of the inode by its handle, -1 if that does not work on this mount."""
-    if watched.handle is None:
-        return -1
-    data = watched.handle.data
+def _directory(mount: Mount, pid: int, root: int, ctx: DumpContext) -> int:
+    """A descriptor of the mount point, the context's; -1 if it cannot be opened."""
+    key = ("mount point", pid, mount.mnt_id)
+    if key not in ctx.memo:
+        ctx.memo[key] = _open_mount(mount, root)
+        if ctx.memo[key] >= 0:
+            ctx.adopt(ctx.memo[key])
+    return int(ctx.memo[key])
+
+
+def _open_mount(mount: Mount, root: int) -> int:
     try:
-        at = os.open(below(mount.mountpoint), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
+        return os.open(below(mount.mountpoint), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
     except OSError:
         return -1
+
+
+def _open_handle(watched: Watched, at: int) -> tuple[int, int]:
+    """(O_PATH descriptor of the inode by its handle, how many names it has); -1 where that does not work on the mount
+    that ``at`` is on.
+    """
+    if watched.handle is None:
+        return -1, 0
+    data = watched.handle.data
     try:
         handle = struct.pack("=Ii", len(data), watched.handle.type) + data
         fd = call("open_by_handle_at", at, handle, os.O_PATH | os.O_CLOEXEC)
     except KernelError as error:
         if error.errno == errno.EPERM:
             raise
-        return -1
-    finally:
-        os.close(at)
-    if os.fstat(fd).st_ino == watched.ino:
-        return fd
+        return -1, 0
+    here = os.fstat(fd)
+    if here.st_ino == watched.ino:
+        return fd, here.st_nlink
     os.close(fd)
-    return -1
+    return -1, 0
 
 
-def _is_there(path: bytes, watched: Watched, root: int) -> bool:
+def _is_there(path: bytes, watched: Watched, root: int, memo: dict[object, Any]) -> bool:
     """Is ``path`` the name of the inode? It may be on a mount whose files show other devices (btrfs, overlayfs)."""
     try:
-        fd = os.open(below(path), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-    except OSError:
-        return False
-    try:
-        here = os.fstat(fd)
+        here = os.stat(below(path), dir_fd=root, follow_symlinks=False)
         if here.st_ino != watched.ino:
             return False
         if here.st_dev == os.makedev(*device(watched.sdev)):
             return True
+        fd = os.open(below(path), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    except OSError:
+        return False
+    try:
+        if os.fstat(fd).st_ino != watched.ino:
+            return False
         number = int(fdinfo.parse(read(os.getpid(), f"fdinfo/{fd}")).mnt_id)
-        return any(one.mnt_id == number for one in _mounts(watched.sdev, os.getpid()))
+        return any(one.mnt_id == number for one in _mounts(watched.sdev, os.getpid(), memo))
     finally:
         os.close(fd)
 
 
-def _search(watched: Watched, places: list[bytes], root: int) -> bytes | None:
+def _search(watched: Watched, places: list[bytes], root: int, memo: dict[object, Any]) -> bytes | None:
     for place in places:
-        if _is_there(place, watched, root):
+        if _is_there(place, watched, root, memo):
             return place
     left = SEARCH_MAX
     for path, inode in _walk(places, root):
         left -= 1
         if not left:
             return None
-        if inode == watched.ino and _is_there(path, watched, root):
+        if inode == watched.ino and _is_there(path, watched, root, memo):
             return path
     return None
 
@@ -236,8 +264,13 @@ def target(entry: Message, sdev: int, ino: int, ctx: BuildContext) -> int:
     data = struct.pack(f"<{len(entry.handle)}Q", *entry.handle)[: entry.bytes]
     watched = Watched(ino, sdev, FileHandle(entry.type, data))
     root = ctx.once("own root", lambda: ctx.keep(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
-    for mount in _mounts(sdev, os.getpid()):
-        fd = _open_handle(watched, mount, root)
+    for mount in _mounts(sdev, os.getpid(), ctx.memo):
+        at = _open_mount(mount, root)
+        try:
+            fd, _ = _open_handle(watched, at) if at >= 0 else (-1, 0)
+        finally:
+            if at >= 0:
+                os.close(at)
         if fd >= 0:
             return ctx.keep(fd)
     raise Unsupported(f"{watched}, which was watched, is not here", hint="dump with --force-irmap to have its name")
@@ -245,8 +278,7 @@ def target(entry: Message, sdev: int, ino: int, ctx: BuildContext) -> int:
 
 def named_target(path: bytes, mnt_id: int | None, ctx: BuildContext) -> int:
     """A descriptor (O_PATH), the context's, of a path to be watched."""
-    root = ctx.memo.get(("mount root", mnt_id))
-    where, name = (None, path) if root is None else (root, below(path))
+    name, where = within(ctx, mnt_id, path)
     with doing(f"watch of {os.fsdecode(path)}"):
         return ctx.keep(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=where))
 

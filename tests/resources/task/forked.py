@@ -133,7 +133,7 @@ def _guest(task: SourceTask, seized: Seized) -> Guest:
     _, end = next(line.split()[0].split("-") for line in lines if "[vdso]" in line)
     task.mem_fd = os.open(f"/proc/{task.pid}/mem", os.O_RDWR)
     signals = task.status.SigCgt | task.status.SigPnd | task.status.ShdPnd
-    return Guest(task.pid, task.vpid, task.mem_fd, [int(end, 16)], signals, seized)
+    return Guest(task.pid, task.own_pid, task.mem_fd, [int(end, 16)], signals, seized)
 
 
 def _source(pid: int, seized: Seized) -> SourceTask:
@@ -170,7 +170,7 @@ def dump(pid: int, *resources: object) -> Dumped:
                 wanted = [r for r in resources if r.PER == "thread" or thread.tid == pid]
                 program = Program()
                 asked = [resource.ask(program, thread) for resource in wanted]
-                run = guest.run(thread.tid, thread.vtid, program, thread.regs, thread.sigmask)
+                run = guest.run(thread.tid, thread.own_tid, program, thread.regs, thread.sigmask)
                 for resource, what in zip(wanted, asked, strict=True):
                     resource.dump(thread, run, what, dumped.cores[thread.tid], ctx)
             guest.leave()
@@ -189,8 +189,9 @@ def build_context(**images: object) -> BuildContext:
 
 def restored_thread(core: object, *, mm: object = None) -> SimpleNamespace:
     """The RestoredThread of this very process."""
-    task = SimpleNamespace(pid=os.getpid(), live_pid=os.getpid(), core=core, mm=mm, threads=[])
-    thread = SimpleNamespace(tid=os.getpid(), task=task, core=core)
+    own = os.getpid()
+    task = SimpleNamespace(pid=own, own_pid=own, live_pid=own, core=core, mm=mm, threads=[])
+    thread = SimpleNamespace(tid=own, own_tid=own, task=task, core=core)
     task.threads.append(thread)
     return thread
 

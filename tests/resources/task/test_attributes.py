@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import struct
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,12 @@ from forked import build_context, child, dump, prctl, proc_status, proc_text, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torpor import log
 from torpor.errors import ImageError, Unsupported
 from torpor.images import schema as pb
+from torpor.remote.program import Program
 from torpor.resources.task import (
+    loginuid,
     mdwe,
     personality,
     proc_files,
@@ -27,7 +31,7 @@ from torpor.resources.task import (
     thread_prctls,
 )
 
-slow = settings(max_examples=15, deadline=None)
+slow = settings(max_examples=15)
 REGISTER = {2: "global", 4: "private", 6: "sync core", 8: "rseq"}  # bits of membarrier commands
 
 
@@ -70,6 +74,31 @@ def test_thread_attributes(slack: int, mce: int, tsc: int) -> None:
         assert int(proc_text(pid, "timerslack_ns")) == slack
 
 
+PRCTL, ENABLE, DISABLE, FORCE_DISABLE = 1, 2, 4, 8  # PR_SPEC_*
+
+
+def test_what_a_thread_has_chosen_of_speculation_and_cpuid() -> None:
+    """Few machines let a thread choose: the answers of one that does are made up here."""
+    program, core = Program(), pb.core_entry()
+    asked = thread_prctls.RESOURCE.ask(program, None)
+    answers = {id(asked.cpuid): 0, id(asked.speculation[0]): PRCTL | FORCE_DISABLE, id(asked.speculation[1]): PRCTL | DISABLE}
+    run = SimpleNamespace(
+        result=lambda ref: answers.get(id(ref), FORCE_DISABLE if ref is asked.speculation[2] else 2),
+        bytes=lambda data: struct.pack("<i", 1),
+    )
+    status = SimpleNamespace(Name=b"name")
+    thread = SimpleNamespace(tid=1, task=SimpleNamespace(pid=1), status=status, stat=SimpleNamespace(flags=0))
+    thread_prctls.RESOURCE.dump(thread, run, asked, core, None)
+    assert core.thread_core.cpuid_faults
+    assert list(core.thread_core.speculation) == [PRCTL | FORCE_DISABLE, PRCTL | DISABLE, 0]
+    program = Program()
+    thread_prctls.RESOURCE.restore(thread, core, program, None)
+    (faults,) = (record.args for record in program.records if record.name == "arch_prctl")
+    assert faults == (0x1012, 0)
+    chosen = [record.args[1:3] for record in program.records if record.args[0] == 53]
+    assert chosen == [(0, FORCE_DISABLE), (1, DISABLE)]
+
+
 def test_an_io_flusher_is_refused_without_the_capability() -> None:
     core = pb.core_entry()
     core.thread_core.io_flusher = True
@@ -98,6 +127,26 @@ def test_process_attributes(subreaper: bool, registered: set[int]) -> None:
 
     with child(observe) as pid:
         assert dump(pid, process_prctls.RESOURCE).core == first
+
+
+@pytest.mark.parametrize("merged", [0, 1])
+def test_merging_of_equal_pages(merged: int) -> None:
+    def setup() -> None:
+        try:
+            prctl(67, merged)
+        except OSError:
+            pytest.skip("a kernel without KSM")
+
+    with child(setup) as pid:
+        first = dump(pid, process_prctls.RESOURCE).core
+    assert first.tc.memory_merge == bool(merged)
+
+    def observe() -> None:
+        restore(first, process_prctls.RESOURCE)
+        assert prctl(68) == merged
+
+    with child(observe):
+        pass
 
 
 @pytest.mark.parametrize("registered", [set(), {4}, {6}, {8}, {4, 8}])
@@ -152,6 +201,27 @@ def test_personality(value: int) -> None:
         assert int(proc_text(pid, "personality"), 16) == value
 
 
+def test_personality_of_a_thread() -> None:
+    def setup() -> None:
+        def other() -> None:
+            syscall(135, 0x0040000)
+            ready.set()
+            threading.Event().wait()
+
+        ready = threading.Event()
+        threading.Thread(target=other, daemon=True).start()
+        ready.wait()
+
+    with child(setup) as pid:
+        dumped = dump(pid, personality.RESOURCE)
+    (other,) = (core for tid, core in dumped.cores.items() if tid != pid)
+    assert dumped.core.tc.personality == 0
+    assert other.thread_core.personality == 0x0040000
+    assert not dumped.core.thread_core.HasField("personality")
+    with child(lambda: restore(other, personality.RESOURCE)) as pid:
+        assert int(proc_text(pid, "personality"), 16) == 0x0040000
+
+
 def test_syscall_user_dispatch_is_refused() -> None:
     selector = bytes(8)
 
@@ -197,13 +267,17 @@ def test_policy_and_nice(policy: int, priority: int, nice: int, reset: bool) -> 
         assert dump(pid, sched.RESOURCE).core == first
 
 
-def test_deadline() -> None:
-    attr = struct.pack("<IIQiIQQQ", 48, 6, 1, 0, 0, 1_000_000, 50_000_000, 100_000_000)
+@pytest.mark.parametrize("flags", [1, 7], ids=["plain", "reclaim and overrun"])  # SCHED_FLAG_*
+def test_deadline(flags: int) -> None:
+    attr = struct.pack("<IIQiIQQQ", 48, 6, flags, 0, 0, 1_000_000, 50_000_000, 100_000_000)
     with child(lambda: syscall(314, 0, attr, 0)) as pid:
         first = dump(pid, sched.RESOURCE).core
     assert first.thread_core.sched_attr.deadline == 50_000_000
     with child(lambda: restore(first, sched.RESOURCE)) as pid:
         assert os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK == 6
+        found = ctypes.create_string_buffer(48)
+        syscall(315, pid, found, 48, 0)
+        assert found.raw == attr
         assert dump(pid, sched.RESOURCE).core == first
     first.thread_core.ClearField("sched_attr")
     with child(lambda: restore(first, sched.RESOURCE)) as pid:
@@ -313,11 +387,23 @@ def test_files_written_from_outside(score: int, core_filter: int) -> None:
 def test_what_may_not_be_written_stays() -> None:
     core = pb.core_entry()
     core.tc.oom_score_adj = -1000  # takes CAP_SYS_RESOURCE
-    core.tc.loginuid = 12345  # only a task itself can
     with child() as pid:
-        before = proc_text(pid, "oom_score_adj"), proc_text(pid, "loginuid")
+        before = proc_text(pid, "oom_score_adj")
         proc_files.RESOURCE.outside(SimpleNamespace(live_pid=pid), core, build_context())
-        assert (proc_text(pid, "oom_score_adj"), proc_text(pid, "loginuid")) == before
+        assert proc_text(pid, "oom_score_adj") == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/loginuid"), reason="a kernel without CONFIG_AUDIT")
+@pytest.mark.parametrize("present", [1234, 4321])
+def test_a_login_uid_that_a_task_has_not_got_is_named(present: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    core = pb.core_entry()
+    core.tc.loginuid = 4321
+    with child(lambda: write("loginuid", present)) as pid:
+        assert dump(pid, loginuid.RESOURCE).core.tc.loginuid == present
+        loginuid.RESOURCE.outside(SimpleNamespace(live_pid=pid, parent=None), core, build_context())
+    assert said == ([] if present == 4321 else [f"task {pid}: loginuid stays 1234, 4321 was wanted"])
 
 
 def test_no_capability_in_a_namespace_counts_for_the_kernel_as_a_whole() -> None:

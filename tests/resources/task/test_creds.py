@@ -11,11 +11,12 @@ from forked import build_context, child, dump, prctl, proc_status, restore, sysc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torpor import log
 from torpor.errors import Unsupported
 from torpor.images import schema as pb
 from torpor.resources.task import creds, dumpable, pdeath_signal, seccomp
 
-slow = settings(max_examples=25, deadline=None)
+slow = settings(max_examples=25)
 LINES = "Uid Gid Groups CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs".split()
 OURS = int(proc_status(os.getpid(), "CapPrm"), 16)
 SETPCAP = 1 << 8
@@ -121,6 +122,19 @@ def test_a_capability_that_we_lack_is_refused_by_name() -> None:
         creds.RESOURCE.check(first, build_context())
     first.thread_core.creds.lsm_profile = "unconfined"
     creds.RESOURCE.check(first, build_context())
+
+
+@pytest.mark.parametrize(
+    ("its", "ours", "warns"),
+    [("", "", False), ("unconfined", "", False), ("container (enforce)", "unconfined", True), ("same", "same", False)],
+)
+def test_a_profile_that_is_not_kept_is_named(its: str, ours: str, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    monkeypatch.setattr(creds, "_profile", lambda pid: ours if pid == os.getpid() else its)
+    with child() as pid:
+        dump(pid, creds.RESOURCE)
+    assert [its in line for line in said] == [True] * warns
 
 
 def test_identities_are_those_of_the_user_namespace() -> None:

@@ -28,7 +28,7 @@ from torpor.resources.task import creds, seccomp
 
 ALLOW, ERRNO, USER_NOTIF = 0x7FFF0000, 0x00050000, 0x7FC00000
 GETPPID, GETUID = 110, 102
-LOG, TSYNC = 2, 1
+LOG, TSYNC, SPEC_ALLOW = 2, 1, 4
 
 
 def deny(number: int, error: int = errno.EXDEV) -> bytes:
@@ -105,6 +105,21 @@ def test_a_chain_of_filters() -> None:
         again = dump(pid, seccomp.RESOURCE, creds.RESOURCE)
     assert again.core == first.core
     assert again.ctx.memo["seccomp"] == first.ctx.memo["seccomp"]
+
+
+def test_a_filter_adds_no_mitigation_to_what_is_known_of_the_thread() -> None:
+    table = pb.seccomp_entry()
+    table.seccomp_filters.add(filter=deny(GETPPID), flags=LOG)
+    core = pb.core_entry()
+    core.thread_core.seccomp_mode, core.thread_core.seccomp_filter = 2, 0
+    for speculation, flags in (((), LOG), ((3, 0, 0), LOG | SPEC_ALLOW)):
+        core.thread_core.speculation[:] = speculation
+        program = Program()
+        seccomp.RESOURCE.restore(None, core, program, build_context(seccomp=[table]))
+        (record,) = program.records
+        assert record.args[:2] == (1, flags)
+        with child(lambda program=program: call_each(program)) as pid:
+            assert proc_status(pid, "Seccomp") == "2"
 
 
 def test_filters_of_a_user_without_privileges_and_without_no_new_privs() -> None:

@@ -10,11 +10,11 @@ import os
 import signal
 import time
 
-from ...errors import ImageError, Unsupported, doing
+from ...errors import ImageError, KernelError, Unsupported, doing
 from ...linux.kernel import pidfd_getfd
 from .. import _tty_ioctl as tty
 from .._tty_ioctl import Termios
-from ._tty_data import End, put
+from ._tty_data import End, pipes, put
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def open_pair(ptmx: str, index: int, flags: int) -> int:
     number of a pty that has just been closed is given back a moment after its node is gone
     (drivers/tty/tty_io.c, queue_release_one_tty), which is waited for.
     """
-    folder = os.path.dirname(ptmx)
-    node = f"{folder if os.path.basename(folder) == 'pts' else folder + '/pts'}/{index}"
+    node = f"{pts_beside(ptmx)}/{index}"
     for _ in range(_TRIES):
         fd = _try_pair(ptmx, index, flags)
         if fd >= 0:
@@ -68,7 +67,7 @@ def open_pair(ptmx: str, index: int, flags: int) -> int:
         time.sleep(_PAUSE_S)
     raise Unsupported(
         f"there is another terminal with the number {index}",
-        hint="close it, or restore in a container with a devpts of its own",
+        hint="close it, or restore with namespaces of its own (--own-pids)",
     )
 
 
@@ -76,7 +75,7 @@ def _try_pair(ptmx: str, index: int, flags: int) -> int:
     held: list[int] = []
     try:
         while True:
-            fd = os.open(ptmx, flags & _OPENABLE | os.O_NOCTTY | os.O_CLOEXEC)
+            fd = _open_ptmx(ptmx, flags)
             held.append(fd)
             number = tty.ask(fd, tty.TIOCGPTN)
             if number == index:
@@ -86,6 +85,22 @@ def _try_pair(ptmx: str, index: int, flags: int) -> int:
     finally:
         for fd in held:
             os.close(fd)
+
+
+def _open_ptmx(ptmx: str, flags: int) -> int:
+    try:
+        return os.open(ptmx, flags & _OPENABLE | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        hint = "raise kernel.pty.max, which bounds the ptys of all copies together"
+        raise KernelError(f"opening {ptmx}", errno.ENOSPC, hint=hint) from None
+
+
+def pts_beside(ptmx: str) -> str:
+    """The mount of devpts that a ptmx belongs to."""
+    folder = os.path.dirname(ptmx)
+    return folder if os.path.basename(folder) == "pts" else f"{folder}/pts"
 
 
 def ptmx_beside(path: str) -> str:
@@ -106,8 +121,7 @@ def controlled(slave: int, flags: int) -> int:
     when it ends, a pty is merely given up, and only the child's own group gets SIGHUP
     (drivers/tty/tty_jobctrl.c, disassociate_ctty).
     """
-    ready, to_parent = os.pipe2(os.O_CLOEXEC)
-    from_parent, go = os.pipe2(os.O_CLOEXEC)
+    ready, to_parent, from_parent, go = pipes()
     pid = os.fork()
     if pid == 0:
         try:
@@ -134,6 +148,16 @@ def controlled(slave: int, flags: int) -> int:
         os.close(ready)
         os.close(go)
         os.waitpid(pid, 0)
+
+
+def moved(before: int, now: int, ctx: BuildContext) -> None:
+    """A process gets another pid than it had: terminals whose session or foreground group it is. Before its program is
+    written.
+    """
+    if any(resource.FD_TYPE == _FD_TYPE for resource, _ in ctx.files.values()):
+        for info in terminals(ctx).infos.values():
+            info.sid = now if info.sid == before else info.sid
+            info.pgrp = now if info.pgrp == before else info.pgrp
 
 
 def terminals(ctx: BuildContext) -> Terminals:
@@ -164,7 +188,8 @@ class Terminals:
         place = f"entry with id {number}"
         if info.type == PTY and (not info.HasField("pty") or info.pty.index >= 1 << 20):
             raise ImageError("tty-info.img", place, "a pty without a sensible index")
-        for field in ("termios", "termios_locked"):
+        # Settings of an external one are its owner's, and CRIU stores none that make sense.
+        for field in ("termios", "termios_locked") if info.type != EXTERNAL else ():
             if info.HasField(field):
                 try:
                     Termios.of_entry(getattr(info, field))
@@ -179,22 +204,46 @@ class Terminals:
                 self._make(entry, info)
         return self._made.pop(entry.id)
 
-    def controlling(self, pid: int) -> int:
-        """The builder's descriptor of the terminal whose session ``pid`` leads, a master if
-        there is one; -1: none.
+    def controlling(self, pid: int) -> tuple[int, bool]:
+        """The builder's descriptor of the terminal whose session ``pid`` leads, a master if there is one; -1: none.
+        And whether it is lent by the caller.
         """
-        best = -1
+        best, lent = -1, False
         for entry in self.files:
             info = self._info(entry)
-            if info.sid != pid or not pid or entry.id in self._outside or info.type in (CTTY, EXTERNAL):
+            if info.sid != pid or not pid or entry.id in self._outside or info.type == CTTY:
                 continue
-            if entry.id in self.ctx.built and (best < 0 or is_master(info)):
-                best = self.ctx.built[entry.id]
-        return best
+            fd = self.ctx.built.get(entry.id, -1)
+            if fd >= 0 and os.isatty(fd) and (best < 0 or is_master(info)):
+                best, lent = fd, self._given(info) >= 0
+        return best, lent
 
     def foreground(self, pid: int) -> int:
         """The foreground process group of the session that ``pid`` leads; 0: none."""
         return next((int(info.pgrp) for info in self.infos.values() if info.sid == pid and info.pgrp), 0)
+
+    def folder(self) -> str:
+        """The directory that all ptys have their nodes in, if each of them is made here; "" if there are none or some
+        terminal is somebody else's.
+        """
+        folders = set()
+        for entry in self.files:
+            info = self._info(entry)
+            if info.type == EXTERNAL or self._given(info) >= 0 or (info.type == CTTY and not self._behind(info)):
+                return ""
+            if info.type != PTY:
+                continue
+            if is_master(info):
+                folders.add(pts_beside(self._path(entry, "/dev/ptmx")))
+            elif self._master_file(info.pty.index) is not None or not info.HasField("termios"):
+                folders.add(os.path.dirname(self._path(entry, "/dev/pts/0")))
+            else:
+                return ""
+        return folders.pop() if len(folders) == 1 else ""
+
+    def _behind(self, info: Message) -> list[Message]:
+        """The terminals that a /dev/tty may lead to."""
+        return [i for i in self.infos.values() if i.type in (PTY, EXTERNAL) and i.sid and i.sid == info.sid]
 
     def _info(self, entry: Message) -> Message:
         info = self.infos.get(entry.tty_info_id)
@@ -233,10 +282,12 @@ class Terminals:
     # --- ptys
 
     def _make_ctty(self, entry: Message, info: Message) -> None:
-        behind = [i for i in self.infos.values() if i.type == PTY and i.sid and i.sid == info.sid]
+        behind = self._behind(info)
         given = next((fd for fd in map(self._given, behind) if fd >= 0), -1)
         if given >= 0:
             self._put(entry, controlled(given, entry.flags))
+        elif behind and behind[0].type == EXTERNAL:
+            self._put(entry, self._connect(given, entry, behind[0]))  # which says what is missing
         elif behind and self._is_ours(behind[0].pty.index):
             self._make_pair(behind[0].pty.index)
         else:
@@ -244,7 +295,8 @@ class Terminals:
 
     def _is_ours(self, index: int) -> bool:
         """Is the whole pty made here, or is its master outside?"""
-        return self._master_file(index) is not None or self.ctx.options.orphan_pts_master
+        options = self.ctx.options
+        return self._master_file(index) is not None or (options.orphan_pts_master and options.notify is not None)
 
     def _master_file(self, index: int) -> Message | None:
         for entry in self.files:
@@ -363,8 +415,13 @@ class Terminals:
     # --- terminals that are there already
 
     def _given(self, info: Message) -> int:
-        """A descriptor that the caller gave for this terminal, or -1."""
-        return self.ctx.inherited.get(key_of(info.rdev, info.dev), -1)
+        """A descriptor that the caller gave for this terminal, by its numbers or its path; or -1."""
+        lent = self.ctx.inherited
+        names = [key_of(info.rdev, info.dev)]
+        for entry in self.files:
+            if entry.tty_info_id == info.id and (path := self._path(entry, "")):
+                names += [path.removeprefix("/"), path]
+        return next((fd for fd in (lent.get(name, -1) for name in names) if fd >= 0), -1)
 
     def _connect(self, given: int, entry: Message, info: Message) -> int:
         if given < 0:
@@ -404,13 +461,13 @@ class Terminals:
 
         ``again`` opens another description of it, for taking that back if the restore fails.
         """
-        if not info.HasField("termios") or not os.isatty(fd):
+        if info.type == EXTERNAL or not info.HasField("termios") or not os.isatty(fd):
             return
         before, after = tty.termios(fd), Termios.of_entry(info.termios)
         if not after.ospeed:
             after = after.changed(ispeed=before.ispeed, ospeed=before.ospeed)
         if before != after:
-            self.ctx.undo.add("terminal settings", lambda: _set_quietly(again(), before))
+            self.ctx.on_failure.add("terminal settings", lambda: _set_quietly(again(), before))
             _set_quietly(os.dup(fd), after)
 
     def _device(self, entry: Message, info: Message) -> int:

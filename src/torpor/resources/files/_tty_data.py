@@ -47,6 +47,18 @@ class End:
         self.is_master = is_master
 
 
+def pipes() -> tuple[int, int, int, int]:
+    """Two pipes, to talk with a child: from the child, to the parent, from the parent, to the child."""
+    from_child, to_parent = os.pipe2(os.O_CLOEXEC)
+    try:
+        from_parent, to_child = os.pipe2(os.O_CLOEXEC)
+    except BaseException:
+        os.close(from_child)
+        os.close(to_parent)
+        raise
+    return from_child, to_parent, from_parent, to_child
+
+
 class Keeper:
     """Takes out the unread bytes of some ends and keeps them until it is told what to do.
 
@@ -54,8 +66,7 @@ class Keeper:
     """
 
     def __init__(self, ends: list[End]) -> None:
-        from_child, to_parent = os.pipe2(os.O_CLOEXEC)
-        from_parent, to_child = os.pipe2(os.O_CLOEXEC)
+        from_child, to_parent, from_parent, to_child = pipes()
         self.taken: dict[int, bytes] = {}
         self._ends = ends
         self._pid = os.fork()

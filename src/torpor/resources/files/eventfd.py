@@ -12,7 +12,7 @@ from ...errors import KernelError, Unsupported
 from ...images import schema as pb
 from ...proc import fdinfo_kinds
 from ..base import FileResource, unsupported
-from ..fown import set_flags
+from ..fown import SETTABLE, set_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..base import BuildContext, DumpContext, SourceFile
 
 _FULL = (1 << 64) - 1
+_FIRST_MAX = (1 << 32) - 1
 
 
 class Eventfd(FileResource):
@@ -29,31 +30,41 @@ class Eventfd(FileResource):
     LINKS = ("anon_inode:[eventfd]",)
 
     def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
-        seen = fdinfo_kinds.eventfd(source.fdinfo)
-        if seen.counter == _FULL:
+        counter, semaphore = _look(source)
+        if counter == _FULL:
             # Only the kernel itself (aio, vhost, …) can add to a counter until it overflows.
             raise unsupported(
                 source, "its counter has overflowed, which no program can bring about"
             )
         entry = pb.eventfd_file_entry(
-            id=source.id, flags=source.flags, fown=ctx.fown(source), counter=seen.counter
+            id=source.id, flags=source.flags, fown=ctx.fown(source), counter=counter
         )
-        if is_semaphore(source.borrow()) if seen.semaphore is None else seen.semaphore:
+        if semaphore:
             entry.semaphore = True  # CRIU's image cannot say it
         return entry
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
-        fd = os.eventfd(0, os.EFD_CLOEXEC | (os.EFD_SEMAPHORE if entry.semaphore else 0))
+        # eventfd2(2) takes an unsigned int, but the counter holds 64 bits.
+        small = entry.counter <= _FIRST_MAX
+        kind = entry.flags & os.O_NONBLOCK | os.EFD_CLOEXEC | (os.EFD_SEMAPHORE if entry.semaphore else 0)
+        fd = os.eventfd(entry.counter if small else 0, kind)
         try:
-            set_flags(fd, entry.flags | os.O_NONBLOCK)
-            if entry.counter:
-                # eventfd2(2) takes an unsigned int, but the counter holds 64 bits.
+            if not small:
                 os.eventfd_write(fd, entry.counter)
-            set_flags(fd, entry.flags)
+            if entry.flags & SETTABLE & ~os.O_NONBLOCK:
+                set_flags(fd, entry.flags)
         except BaseException:
             os.close(fd)
             raise
         return fd
+
+
+def _look(source: SourceFile) -> tuple[int, bool]:
+    """(counter, is it a semaphore)"""
+    if source.seen is not None:
+        return source.seen.count, bool(source.seen.event_flags & os.EFD_SEMAPHORE)
+    shown = fdinfo_kinds.eventfd(source.fdinfo)
+    return shown.counter, is_semaphore(source.borrow()) if shown.semaphore is None else shown.semaphore
 
 
 def is_semaphore(fd: int) -> bool:
@@ -69,17 +80,11 @@ def is_semaphore(fd: int) -> bool:
         at = btf.lookup([*way, "eventfd_ctx.flags", "bpf_iter_task()"])
         files, table, array, private = (at[name] for name in way)
         flags = bpf.Place(at["eventfd_ctx.flags"], 4, through=(files, table, array, 8 * fd, private))
-        reader = bpf.TaskReader(at["bpf_iter_task()"], [flags])
-        try:
-            record = reader.read(os.getpid())
-        finally:
-            reader.close()
-        if record is None:
-            raise Unsupported("BPF cannot be told whose file it is to look at")
+        (word,) = bpf.read_own(at["bpf_iter_task()"], [flags])
     except (KernelError, Unsupported) as error:
         log.warning(f"eventfd: whether it is a semaphore cannot be seen here, and it is taken for none: {error}")
         return False
-    return bool(record.fields[0][0] & os.EFD_SEMAPHORE)
+    return bool(word[0] & os.EFD_SEMAPHORE)
 
 
 RESOURCE = Eventfd()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import struct
 
@@ -28,6 +29,8 @@ from ..fown import set_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ...images.schema import Message
     from ...proc.fdinfo_watches import EpollTarget
     from ...remote.program import Program
@@ -79,6 +82,7 @@ class Eventpoll(FileResource):
     def settle(self, entry: Message, fd: int, program: Program, ctx: BuildContext) -> None:
         spent = [watch for watch in entry.tfd if not watch.events & ~PRIVATE_BITS]
         live = [watch for watch in entry.tfd if watch.events & ~PRIVATE_BITS]
+        late: dict[int, list[Callable[[Program], None]]] = ctx.memo.get(("late fds", program.name), {})
         for watch in spent:
             # Watched for what it is ready for just now, and that taken: so it has fired, and
             # watches no more.
@@ -87,7 +91,11 @@ class Eventpoll(FileResource):
             events = program.out(12 * len(spent))
             program.call("epoll_pwait", fd, events, len(spent), 0, 0, 8, why="EPOLLONESHOT, spent")
         for watch in live:
-            _add(watch, watch.events, fd, program)
+            if watch.tfd in late:
+                # Whoever makes the file adds it.
+                late[watch.tfd].append(functools.partial(_add, watch, watch.events, fd))
+            else:
+                _add(watch, watch.events, fd, program)
 
 
 # --------------------------------------------------------------------------------------------- dump

@@ -1,7 +1,7 @@
 """fanotify(7): marks on inodes, mounts and file systems.
 
-Image: file_entry.ffy (fanotify_file_entry). Events that nobody has read yet are lost, as with CRIU.
-Kernel: fs/notify/fanotify/fanotify_user.c
+Image: file_entry.ffy (fanotify_file_entry). Events that nobody has read yet are lost. In their place the program finds
+FAN_Q_OVERFLOW, which says just that (fanotify_queue.py). Kernel: fs/notify/fanotify/fanotify_user.c
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...linux.call import call
 from ...proc import fdinfo_watches, mountinfo
 from ...proc.fdinfo_watches import device
 from ...proc.read import read
-from .. import watched
+from .. import fanotify_queue, watched
 from ..base import FileResource, unsupported
 from ..fown import set_flags
 
@@ -30,6 +30,7 @@ AT_FDCWD = -100
 # include/uapi/linux/fanotify.h
 FAN_MARK_ADD, FAN_MARK_MOUNT, FAN_MARK_IGNORED_MASK, FAN_MARK_IGNORED_SURV_MODIFY = 0x1, 0x10, 0x20, 0x40
 FAN_MARK_FILESYSTEM, FAN_MARK_EVICTABLE, FAN_MARK_IGNORE = 0x100, 0x200, 0x400
+FAN_UNLIMITED_QUEUE = 0x10
 #: FAN_OPEN_PERM, ACCESS_PERM, OPEN_EXEC_PERM, PRE_ACCESS: others wait until the group answers.
 PERMISSION_EVENTS = 0x10000 | 0x20000 | 0x40000 | 0x100000
 
@@ -54,8 +55,14 @@ class Fanotify(FileResource):
             id=source.id, flags=source.flags, fown=ctx.fown(source),
             faflags=group.flags, evflags=group.event_flags,
         )  # fmt: skip
-        if watched.waiting_bytes(source.borrow()):
-            log.warning(f"fd {source.fd} ({source.link}): events that wait to be read will be lost")
+        unread = watched.waiting_bytes(source.borrow())
+        if unread:
+            entry.unread = unread
+            told = group.flags & FAN_UNLIMITED_QUEUE == 0
+            log.warning(
+                f"fd {source.fd} ({source.link}): {unread} bytes of events wait to be read: "
+                + ("the program will find FAN_Q_OVERFLOW in their place" if told else "they will be lost")
+            )
         for mark in group.marks:
             _check(mark, source)
             one = entry.mark.add(
@@ -75,6 +82,8 @@ class Fanotify(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         fd = call("fanotify_init", entry.faflags, entry.evflags)
+        if entry.unread and not entry.faflags & FAN_UNLIMITED_QUEUE:
+            fanotify_queue.overflow(fd)
         set_flags(fd, entry.flags)
         watched.at_the_end(ctx, lambda: _prepare(entry, ctx))
         return fd

@@ -1,6 +1,8 @@
-"""Sockets of IPv4 and IPv6: TCP in all states, UDP, UDP-Lite, raw, and those for ping.
+"""Sockets of IPv4 and IPv6: TCP in all states, UDP and UDP-Lite with the datagrams that wait, raw, and those
+for ping.
 
-Image: file_entry.isk (inet_sk_entry); what is in flight of a connection is in tcp-stream-INODE, see tcp.py.
+Image: file_entry.isk (inet_sk_entry); what is in flight of a connection is in tcp-stream-INODE, see tcp.py,
+datagrams in sk-queues, see udp_queue.py.
 Kernel: net/ipv4/af_inet.c, net/ipv6/af_inet6.c, net/ipv4/inet_connection_sock.c (bind conflicts)
 """
 
@@ -9,36 +11,29 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
-from ...errors import ImageError, KernelError, Unsupported, doing
+from ... import log
+from ...errors import ImageError, KernelError, TorporError, Unsupported, doing
 from ...images import schema as pb
 from ...linux import inet_diag, sockets
 from ...linux.call import call
 from ...linux.inet_diag import AF_INET, AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
-from .. import inet_dump, inet_options, sockopts, tcp
+from .. import inet_dump, inet_options, inet_place, sockopts, tcp, udp_queue
 from ..base import FileResource
 from ..fown import set_flags
-from ..inet_options import (
-    IPPROTO_ICMP,
-    IPPROTO_ICMPV6,
-    IPPROTO_UDPLITE,
-    SOCK_DGRAM,
-    SOCK_RAW,
-    SOCK_STREAM,
-    put,
-)
+from ..inet_options import IPPROTO_UDPLITE, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, put
+from ..inet_place import describe, is_bound, is_connection, is_tcp, names, overlap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ...images.schema import Message
     from ..base import BuildContext, DumpContext, SourceFile
+    from ..network_lock import Quad
 
 SHUT_RD, SHUT_RDWR = 0, 2
-IP_BIND_ADDRESS_NO_PORT = 24
-PROTOCOLS = {
-    IPPROTO_TCP: "TCP", IPPROTO_UDP: "UDP", IPPROTO_UDPLITE: "UDP-Lite", IPPROTO_ICMP: "ICMP",
-    IPPROTO_ICMPV6: "ICMPv6",
-}  # fmt: skip
+IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75
+PAUSES_S = (0.005, 0.02, 0.1, 0.2)  # between looks at whether somebody else has a port
 
 
 class Inet(FileResource):
@@ -56,6 +51,22 @@ class Inet(FileResource):
 
     def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
         return inet_dump.dump(source, ctx)
+
+    def check_restore(self, entries: list[Message], ctx: BuildContext) -> None:
+        entries = [entry for entry in entries if f"socket:[{entry.ino}]" not in ctx.inherited]
+        for entry in entries:
+            _check_entry(entry)
+        closed = inet_place.move(entries, ctx)
+        left = [entry for entry in entries if entry.id not in closed]
+        refuse_conflicts(left)
+        # CRIU does not say which IPv6 addresses nobody had: of those, and of its alone, none has to be here.
+        inventory = ctx.images.read_one("inventory") if ctx.images.has("inventory") else pb.inventory_entry()
+        alike = inventory.HasField("torpor")
+        moved = inet_place.moved(ctx)
+        refuse_missing([
+            entry for entry in left
+            if alike or entry.family == AF_INET or is_connection(entry) or entry.id in moved
+        ])  # fmt: skip
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         given = ctx.inherited.get(f"socket:[{entry.ino}]")
@@ -75,7 +86,9 @@ class _Maker:
         self.ctx = ctx
         inventory = ctx.images.read_one("inventory") if ctx.images.has("inventory") else None
         self.inventory = inventory or pb.inventory_entry()
-        self.close = ctx.options.tcp_close or self.inventory.tcp_close
+        self.closed = inet_place.closed(ctx)
+        #: What a network lock of the dump may hold back.
+        self.locked: list[Quad] = []
         self.connections: list[tcp.Connection] = []
         #: Those that share a port for as long as it takes to bind another, and all by their port.
         self.shared: list[Message] = []
@@ -97,15 +110,17 @@ class _Maker:
         return fd
 
     def _plain(self, fd: int, entry: Message) -> None:
+        if entry.proto in (IPPROTO_UDP, IPPROTO_UDPLITE) and entry.type == SOCK_DGRAM:
+            udp_queue.restore(fd, entry, self.ctx)
         self._options(fd, entry)
-        if _is_tcp(entry):
+        if is_tcp(entry):
             inet_options.restore_tcp(fd, entry.tcp_opts)
         local, peer = names(entry)
-        if _is_bound(entry):
+        if is_bound(entry):
             self._bind(fd, entry, local)
             self.by_port.setdefault((entry.proto, entry.src_port), []).append((fd, entry))
         if entry.state == LISTEN:
-            if not _is_tcp(entry):
+            if not is_tcp(entry):
                 raise ImageError("files.img", f"file {entry.id}: state", "only TCP listens")
             self._listen(fd, entry)
         elif entry.dst_port or (entry.type == SOCK_RAW and any(entry.dst_addr)):
@@ -180,7 +195,9 @@ class _Maker:
     # ---- connections
 
     def _connection(self, fd: int, entry: Message) -> None:
-        if self.close:
+        if entry.state != CLOSE:
+            self.locked.append(inet_place.quad_in_images(entry, self.ctx))
+        if entry.id in self.closed:
             sockopts.restore(fd, entry.opts)
             inet_options.restore(fd, entry)
             inet_options.restore_tcp(fd, entry.tcp_opts)
@@ -213,15 +230,17 @@ class _Maker:
         """The tasks are about to run: let packets through, and the connections send."""
         from ..network_lock import lift
 
-        method = self.inventory.network_lock_method
-        quads = [one.quad for one in self.connections if one.entry.state != CLOSE]
-        if quads:
-            lift(method, self.inventory.dump_criu_run_id, quads)
+        try:
+            lift(self.inventory.network_lock_method, self.inventory.dump_criu_run_id, self.locked)
+        except TorporError as error:
+            if self.connections:
+                raise
+            log.warning(f"of connections that are closed: {error}")
         for one in self.connections:
             fd = self.ctx.built.get(one.entry.id)
             if fd is None:
                 continue  # nobody holds it
-            with doing(f"TCP connection {tcp.shown(one.local)} - {tcp.shown(one.peer)}"):
+            with doing(lambda one=one: f"TCP connection {tcp.shown(one.local)} - {tcp.shown(one.peer)}"):  # type: ignore[misc]
                 one.release(fd)
                 if one.entry.state == ESTABLISHED and one.entry.shutdown == pb.sk_shutdown.READ:
                     _shutdown(fd, SHUT_RD)
@@ -235,10 +254,7 @@ def _make_all(ctx: BuildContext) -> dict[int, int]:
         for resource, entry in ctx.files.values()
         if resource.FD_TYPE == Inet.FD_TYPE and f"socket:[{entry.ino}]" not in ctx.inherited
     ]
-    for entry in entries:
-        _check_entry(entry)
     maker = _Maker(ctx)
-    refuse_conflicts(entries, closing=maker.close)
     made: dict[int, int] = {}
 
     def forget() -> None:
@@ -248,11 +264,11 @@ def _make_all(ctx: BuildContext) -> dict[int, int]:
 
     ctx.undo.add("sockets that nobody took", forget)
     for entry in sorted(entries, key=_rank):
-        with doing(describe(entry)):
+        with doing(lambda entry=entry: describe(entry)):  # type: ignore[misc]
             made[entry.id] = maker.make(entry)
     if maker.shared:
         ctx.memo.setdefault("after_build", []).append(maker.finish)
-    if maker.connections:
+    if maker.connections or maker.locked:
         ctx.memo.setdefault("after_restore", []).append(maker.release)
     return made
 
@@ -272,44 +288,6 @@ def _check_entry(entry: Message) -> None:
         raise ImageError("files.img", f"file {entry.id}: address", "is too short")
     if entry.src_port > 0xFFFF or entry.dst_port > 0xFFFF:
         raise ImageError("files.img", f"file {entry.id}: port", "is more than 65535")
-
-
-def _is_tcp(entry: Message) -> bool:
-    return bool(entry.type == SOCK_STREAM and entry.proto in (0, IPPROTO_TCP))
-
-
-def is_connection(entry: Message) -> bool:
-    """Is, or was, it a TCP connection?"""
-    return bool(_is_tcp(entry) and entry.dst_port and entry.state != LISTEN)
-
-
-def names(entry: Message) -> tuple[bytes, bytes]:
-    """struct sockaddr of both ends."""
-    scope = inet_options.interface(0, entry.ifname) if entry.ifname else 0
-    count = 1 if entry.family == AF_INET else 4
-    here, there = (
-        b"".join(word.to_bytes(4, "little") for word in words[:count])
-        for words in (entry.src_addr, entry.dst_addr)
-    )
-    return (
-        tcp.sockaddr(entry.family, here, entry.src_port, scope),
-        tcp.sockaddr(entry.family, there, entry.dst_port, scope),
-    )
-
-
-def describe(entry: Message) -> str:
-    """The socket as people would name it."""
-    local = names(entry)[0]
-    what = "raw socket" if entry.type == SOCK_RAW else f"{PROTOCOLS.get(entry.proto, entry.proto)} socket"
-    return f"{what} {tcp.shown(local)}" if entry.src_port else what
-
-
-def _is_bound(entry: Message) -> bool:
-    addressed = any(entry.src_addr)
-    if entry.type == SOCK_RAW:
-        return addressed
-    later = any((one.level, one.name) == (0, IP_BIND_ADDRESS_NO_PORT) for one in entry.more)
-    return bool(entry.src_port or (addressed and later))
 
 
 class _Freely:
@@ -336,7 +314,7 @@ def _is_tentative(entry: Message, name: bytes) -> bool:
 
 def _own_six() -> set[str]:
     try:
-        with open("/proc/net/if_inet6", encoding="ascii") as file:
+        with open("/proc/thread-self/net/if_inet6", encoding="ascii") as file:
             return {line.split()[0] for line in file}
     except FileNotFoundError:
         return set()
@@ -360,11 +338,54 @@ def _shutdown(fd: int, how: int) -> None:
 # ---------------------------------------------------------------------- what may stand in the way
 
 
-def refuse_conflicts(entries: list[Message], *, closing: bool) -> None:
+def refuse_missing(entries: list[Message]) -> None:
+    """Raise Unsupported when this machine has not an address that the images need. Nothing was made yet."""
+    tried: set[bytes] = set()
+    for entry in entries:
+        if not (is_bound(entry) or is_connection(entry)) or _may_be_missing(entry):
+            continue
+        name = names(entry)[0]
+        anywhere = name[:2] + bytes(2) + name[4:]  # whatever the port
+        if anywhere in tried:
+            continue
+        tried.add(anywhere)
+        probe = sockets.socket(entry.family, SOCK_DGRAM)
+        try:
+            call("bind", probe, anywhere, len(name))
+        except KernelError as error:
+            if error.errno == errno.EADDRNOTAVAIL and not _is_tentative(entry, name):
+                with doing(describe(entry)):
+                    raise _missing(name) from None
+        finally:
+            os.close(probe)
+
+
+def _may_be_missing(entry: Message) -> bool:
+    transparent = ((0, IP_TRANSPARENT), (inet_options.SOL_IPV6, IPV6_TRANSPARENT))
+    return bool(
+        entry.alien
+        or entry.ip_opts.freebind
+        or any((one.level, one.name) in transparent and any(one.value) for one in entry.more)
+    )
+
+
+def refuse_conflicts(entries: list[Message]) -> None:
     """Raise Unsupported when somebody has a port or a connection that the images need. Nothing was made yet.
 
-    Ports that the socket would have shared (SO_REUSEPORT, SO_REUSEADDR of UDP) are left to bind(2).
+    Ports that the socket would have shared (SO_REUSEPORT, SO_REUSEADDR of UDP) are left to bind(2). Who ended a moment
+    ago may have one still: what its requests to an io_uring hold is released by a thread of the kernel's
+    (fs/file_table.c, delayed_fput()).
     """
+    for pause_s in PAUSES_S:
+        try:
+            _refuse_conflicts(entries)
+            return
+        except Unsupported:
+            time.sleep(pause_s)
+    _refuse_conflicts(entries)
+
+
+def _refuse_conflicts(entries: list[Message]) -> None:
     for protocol in (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_UDPLITE):
         wanted = [one for one in entries if one.type != SOCK_RAW and one.proto == protocol and one.src_port]
         if not wanted:
@@ -375,7 +396,7 @@ def refuse_conflicts(entries: list[Message], *, closing: bool) -> None:
         for entry in wanted:
             for other in by_port.get(entry.src_port, ()):
                 if is_connection(entry):
-                    if not closing and entry.state != CLOSE and _same_connection(entry, other):
+                    if entry.state != CLOSE and _same_connection(entry, other):
                         local, peer = names(entry)
                         raise _exists(local, peer)
                 elif _excludes(entry, other):
@@ -407,16 +428,7 @@ def _excludes(entry: Message, other: inet_diag.InetSocket) -> bool:
         if other.device not in (0, device):
             return False
     here = tcp.address_of_sockaddr(names(entry)[0])[0]
-    return _overlap(here, other.source[0], entry.v6only, other.v6only)
-
-
-def _overlap(a: bytes, b: bytes, a_six_only: bool, b_six_only: bool) -> bool:
-    """Would two sockets bound to these addresses get the same packets?"""
-    a, b = inet_diag.unmapped(a), inet_diag.unmapped(b)
-    if len(a) == len(b):
-        return a == b or not any(a) or not any(b)
-    six, six_only = (a, a_six_only) if len(a) == 16 else (b, b_six_only)
-    return not any(six) and not six_only
+    return overlap(here, other.source[0], entry.v6only, other.v6only)
 
 
 def _taken(name: bytes) -> Unsupported:

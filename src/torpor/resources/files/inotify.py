@@ -1,7 +1,8 @@
 """inotify(7): watches of inodes.
 
-Image: file_entry.ify (inotify_file_entry). Events that nobody has read yet are lost, as with CRIU: the
-kernel does not show them without taking them. Kernel: fs/notify/inotify/inotify_user.c
+Image: file_entry.ify (inotify_file_entry). Events that nobody has read yet are lost, for the kernel does not show them
+without taking them. In their place the program finds IN_Q_OVERFLOW, which says just that, and looks for itself how
+things are. Kernel: fs/notify/inotify/inotify_user.c, fs/notify/notification.c
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 #: What a watch is asked for and shows: IN_ALL_EVENTS, IN_EXCL_UNLINK, IN_ONESHOT.
 USER_MASK = 0xFFF | 0x04000000 | 0x80000000
 INOTIFY_IOC_SETNEXTWD = 0x40044900
+IN_ACCESS, IN_MODIFY, EVENT_BYTES = 1, 2, 16
+_PAIRS, _QUEUE_BYTES_MAX = 1024, 16 << 20
 
 
 class Inotify(FileResource):
@@ -43,8 +46,13 @@ class Inotify(FileResource):
 
     def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
         entry = pb.inotify_file_entry(id=source.id, flags=source.flags, fown=ctx.fown(source))
-        if watched.waiting_bytes(source.borrow()):
-            log.warning(f"fd {source.fd} ({source.link}): events that wait to be read will be lost")
+        unread = watched.waiting_bytes(source.borrow())
+        if unread:
+            entry.unread = unread
+            log.warning(
+                f"fd {source.fd} ({source.link}): {unread} bytes of events wait to be read: the program will find "
+                "IN_Q_OVERFLOW in their place"
+            )
         for watch in fdinfo_watches.inotify(source.fdinfo):
             what = watched.Watched(watch.ino, watch.sdev, watch.handle)
             one = entry.wd.add(
@@ -55,9 +63,43 @@ class Inotify(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         fd = call("inotify_init1", os.O_CLOEXEC)
+        if entry.unread:
+            _overflow(fd)
         set_flags(fd, entry.flags)
         watched.at_the_end(ctx, lambda: _prepare(entry, ctx))
         return fd
+
+
+def _overflow(fd: int) -> None:
+    """Have IN_Q_OVERFLOW be what is read next from a new descriptor.
+
+    The kernel puts it behind as many events as a queue holds (fs.inotify.max_queued_events), which are made on a file
+    of our own and read away. Alike events are one if nothing is between them.
+    """
+    hidden = os.memfd_create("torpor-inotify", os.MFD_CLOEXEC)
+    try:
+        os.write(hidden, b"x")
+        path = b"/proc/self/fd/%d" % hidden
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # what is done to a memfd as it is made tells nobody
+    finally:
+        os.close(hidden)
+    try:
+        number = call("inotify_add_watch", fd, b"/proc/self/fd/%d\0" % file, IN_ACCESS | IN_MODIFY)
+        waiting, full = 0, False
+        while not full and waiting < _QUEUE_BYTES_MAX:
+            for _ in range(_PAIRS):
+                os.pread(file, 1, 0)
+                os.pwrite(file, b"x", 0)
+            before, waiting = waiting, watched.waiting_bytes(fd)
+            full = waiting - before < 2 * _PAIRS * EVENT_BYTES
+        call("inotify_rm_watch", fd, number)
+    finally:
+        os.close(file)
+    if not full:
+        log.warning(f"a queue holds over {waiting} bytes of events (fs.inotify.max_queued_events): it comes up empty")
+    left = watched.waiting_bytes(fd) - (EVENT_BYTES if full else 0)
+    while left:
+        left -= len(os.read(fd, left))
 
 
 def _prepare(entry: Message, ctx: BuildContext) -> Callable[[], None]:

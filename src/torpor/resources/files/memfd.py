@@ -17,7 +17,7 @@ import stat
 from ...errors import ImageError, KernelError, doing
 from ...images import schema as pb
 from ...images.pages import PAGE_SIZE, PE_PRESENT, PagemapWriter, Pages
-from .. import ghost, paths, remap
+from .. import generation, ghost, paths, remap, xattrs
 from ..base import MAP_NORESERVE, FileResource, reopen
 
 TYPE_CHECKING = False
@@ -62,11 +62,15 @@ class Memfd(FileResource):
         given = ctx.inherited.get(os.fsdecode(name))
         if given is not None:
             return os.dup(given)
-        fd = _open_description(_made(ctx, entry.inode_id), entry.flags)
         if entry.pos >> 63:
-            os.close(fd)
             raise ImageError("files.img", f"file {entry.id}: memfd: pos", f"{entry.pos:#x} is beyond all files")
-        os.lseek(fd, entry.pos, os.SEEK_SET)
+        fd = _open_description(_made(ctx, entry.inode_id), entry.flags)
+        try:
+            if entry.pos or not entry.flags & os.O_PATH:
+                os.lseek(fd, entry.pos, os.SEEK_SET)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
 
@@ -147,6 +151,7 @@ def _write_inode(ctx: DumpContext, fd: int, inode_id: int, target: bytes) -> Non
         entry.seals = F_SEAL_SEAL
     if result.st_dev != _memory_device():
         entry.hugetlb_flag = MFD_HUGETLB | (result.st_blksize.bit_length() - 1) << HUGE_SHIFT
+    xattrs.dump(f"/proc/self/fd/{fd}", entry.xattr)
     ctx.images.append("memfd", entry)
     if result.st_size:
         write_content(ctx, fd, entry.shmid, result.st_size)
@@ -228,6 +233,7 @@ def _made(ctx: BuildContext, inode_id: int) -> _Inode:
     if inode.fd < 0:
         with doing(f"memfd {inode.entry.name}"):
             inode.fd = ctx.keep(_create(ctx, inode.entry))
+            generation.renew(inode.fd, pb.get_bytes(inode.entry.name), ctx)
         if inode.entry.seals & ~F_SEAL_SEAL:
             # Not before everybody has mapped it: F_SEAL_FUTURE_WRITE and F_SEAL_WRITE forbid it
             # afterwards.
@@ -252,6 +258,7 @@ def _create(ctx: BuildContext, entry: Message) -> int:
         os.fchown(fd, entry.uid, entry.gid)
         if entry.HasField("mode"):
             os.fchmod(fd, stat.S_IMODE(entry.mode))
+        xattrs.restore(f"/proc/self/fd/{fd}", entry.xattr)
     except BaseException:
         os.close(fd)
         raise

@@ -1,4 +1,4 @@
-"""Packet sockets: what interface they see, their rings, memberships and fanout groups. Packets that wait are dropped.
+"""Packet sockets: what interface they see, their rings, memberships and fanout groups. Packets that wait are lost.
 
 Image: file_entry.psk (packet_sock_entry). Kernel: net/packet/af_packet.c
 """
@@ -9,13 +9,14 @@ import os
 import stat
 import struct
 
+from ... import log
 from ...errors import ImageError, doing
 from ...images import schema as pb
 from ...linux import packet_diag, sockets
 from ...linux.call import call
 from ...linux.inet_diag import swap
 from ...linux.packet_diag import AF_PACKET, AUXDATA, LOSS, ORIGDEV, VNETHDR, PacketSocket
-from .. import sockopts
+from .. import packet_heads, sockopts
 from ..base import FileResource, unsupported
 from ..fown import set_flags
 from ..inet_options import get, interface, put
@@ -77,6 +78,15 @@ class Packet(FileResource):
         for ring, values in ((entry.rx_ring, shown.rx_ring), (entry.tx_ring, shown.tx_ring)):
             for field, value in zip(_RING_FIELDS, values, strict=False):
                 setattr(ring, field, value)
+        if shown.rx_ring or shown.tx_ring:
+            receives, sends, lost = packet_heads.find(fd, shown)
+            for ring, head in ((entry.rx_ring, receives), (entry.tx_ring, sends)):
+                if head:
+                    ring.head = head
+        else:
+            lost = _waits(fd)
+        if lost:
+            log.warning(f"fd {source.fd} ({source.link}): packets that wait in it are lost")
         if shown.ifindex:
             from _socket import if_indextoname
 
@@ -98,6 +108,14 @@ class Packet(FileResource):
                 os.close(fd)
                 raise
         return fd
+
+
+def _waits(fd: int) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def _shown(source: SourceFile, ctx: DumpContext) -> PacketSocket:
@@ -149,6 +167,7 @@ def _set_options(fd: int, entry: Message, index: int) -> None:
         if entry.HasField(field):
             ring = [getattr(getattr(entry, field), name) for name in _RING_FIELDS]
             put(fd, SOL_PACKET, option, struct.pack("=7I", *ring))
+    packet_heads.advance(fd, entry)
 
 
 RESOURCE = Packet()

@@ -19,7 +19,7 @@ from ...errors import ImageError
 from ...images import schema as pb
 from ...proc import fdinfo_kinds
 from ..base import FileResource, make_group, unsupported
-from ..fown import set_flags
+from ..fown import with_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Pidfd(FileResource):
                 f"its process {seen.Pid} is not in the tree that is dumped",
                 hint="close it before the dump, or dump a tree with that process in it",
             )
-        entry.nspid = seen.NSpid[-1]
+        entry.nspid = ctx.number(seen.Pid)
         return entry
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
@@ -118,18 +118,12 @@ def _exit_status(fd: int) -> int:
 
 
 def _open(pid: int, entry: Message) -> int:
-    fd = os.pidfd_open(pid, entry.flags & (PIDFD_NONBLOCK | PIDFD_THREAD))
-    try:
-        set_flags(fd, entry.flags)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return with_flags(os.pidfd_open(pid, entry.flags & (PIDFD_NONBLOCK | PIDFD_THREAD)), entry.flags)
 
 
 def _replace(entry: Message, ctx: BuildContext) -> None:
     """Now that the process exists, let the builder's number stand for it."""
-    fd = _open(entry.nspid, entry)
+    fd = _open(ctx.live.get(entry.nspid, entry.nspid), entry)
     try:
         os.dup2(fd, ctx.built[entry.id])
     finally:

@@ -98,8 +98,9 @@ def _contents(source: SourceFile, fd: int, size: int) -> list[Piece]:
             # Nobody can read what is in it, and a reader who comes and goes would raise SIGIO.
             return []
         own = fd = reopen(fd, os.O_RDONLY | os.O_NONBLOCK)
-    ends = _pair(size, source)
+    ends: tuple[int, ...] = ()
     try:
+        ends = _pair(size, source)
         try:
             call("tee", fd, ends[1], _ALL, _SPLICE_F_NONBLOCK)
         except KernelError as error:
@@ -154,7 +155,13 @@ def take_pieces(reader: int) -> list[Piece]:
     buffer twice tells by a read(2) whether it is a packet, for a read stops behind a packet.
     """
     pieces: list[Piece] = []
-    one, two = _pair(PAGE), _pair(2 * PAGE)
+    one = _pair(PAGE)
+    try:
+        two = _pair(2 * PAGE)
+    except BaseException:
+        os.close(one[0])
+        os.close(one[1])
+        raise
     try:
         while True:
             try:
@@ -191,11 +198,7 @@ def _is_natural(pieces: list[Piece]) -> bool:
 def _make_all(entry: Message, ctx: BuildContext) -> dict[int, int]:
     """Make the pipe and all descriptions of it that the images have: file id → descriptor."""
     number = entry.pipe_id
-    entries = [
-        other
-        for kind, other in ctx.files.values()
-        if kind.FD_TYPE == Pipe.FD_TYPE and other.pipe_id == number
-    ]
+    entries = ctx.once(("pipe ends",), lambda: _ends(ctx)).get(number)
     ends = dict(
         zip((os.O_RDONLY, os.O_WRONLY), os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK), strict=True)
     )
@@ -223,6 +226,15 @@ def _make_all(entry: Message, ctx: BuildContext) -> dict[int, int]:
     return made
 
 
+def _ends(ctx: BuildContext) -> dict[int, list[Message]]:
+    """The descriptions of each pipe."""
+    found: dict[int, list[Message]] = {}
+    for kind, entry in ctx.files.values():
+        if kind.FD_TYPE == Pipe.FD_TYPE:
+            found.setdefault(entry.pipe_id, []).append(entry)
+    return found
+
+
 def fill(fd: int, number: int, image: str, ctx: BuildContext) -> None:
     """Give the empty pipe ``fd`` (for writing, not blocking) what ``image`` has for ``number``."""
     found = ctx.once((image,), lambda: _all_contents(image, ctx)).get(number)
@@ -246,7 +258,7 @@ def fill(fd: int, number: int, image: str, ctx: BuildContext) -> None:
 
 
 def _set_owner(fd: int, entry: Message) -> None:
-    if entry.HasField("uid"):
+    if entry.HasField("uid") and (entry.uid, entry.gid) != (os.geteuid(), os.getegid()):
         os.fchown(fd, entry.uid, entry.gid)
     if entry.HasField("mode"):
         if entry.mode != stat.S_IMODE(entry.mode):

@@ -18,7 +18,7 @@ from ... import log
 from ...errors import ImageError, KernelError, Unsupported, doing
 from ...images import schema as pb
 from ...proc.elf import Elf
-from .. import ghost, paths, remap
+from .. import carried, devices, generation, ghost, paths, remap
 from ..base import FileResource
 
 TYPE_CHECKING = False
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 NO_POSITION = (1 << 64) - 1
 AT_FDCWD = -100
-MEMORY_DEVICES = 1  # major number of /dev/null, zero, full, random, urandom, kmsg
 _ELF_HEAD = 4096  # of a program or library: its headers and nearly always its notes
 _ELF_MAX = 1 << 20
 
@@ -56,9 +55,7 @@ class Regular(FileResource):
         kind = stat.S_IFMT(source.stat.st_mode)
         if kind in (stat.S_IFREG, stat.S_IFDIR):
             return source.link.startswith("/")
-        if kind == stat.S_IFBLK or (
-            kind == stat.S_IFCHR and os.major(source.stat.st_rdev) == MEMORY_DEVICES
-        ):
+        if kind == stat.S_IFBLK or (kind == stat.S_IFCHR and devices.is_stateless(source.stat.st_rdev)):
             return True
         # O_PATH names a thing without opening it, so its kind does not matter.
         return source.link.startswith("/") and bool(source.flags & os.O_PATH)
@@ -69,17 +66,19 @@ class Regular(FileResource):
     def dump(self, source: SourceFile, ctx: DumpContext) -> Message:
         found = _found(source)
         place = paths.locate(found, ctx)
-        entry = _entry(found, place, source.id, source.flags, ctx)
-        entry.pos = source.pos & NO_POSITION
-        entry.fown.CopyFrom(ctx.fown(source))
+        entry = _entry(found, place, source.id, source.flags, ctx, source.pos & NO_POSITION, ctx.fown(source))
         remap.dump(found, place, source.id, ctx)
         return entry
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
-        if _task_in_name(ctx, entry):
-            return os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)  # until there is such a task
-        fd = _open(ctx, entry, entry.flags)
-        if not entry.flags & os.O_PATH and entry.pos != NO_POSITION and not _given(ctx, entry):
+        fd = _open_again(ctx, entry)
+        if fd < 0:
+            if _task_in_name(ctx, entry):
+                ctx.memo["opened late"] = True
+                return os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)  # until there is such a task
+            fd = _open(ctx, entry, entry.flags)
+            _note(ctx, entry)
+        if not entry.flags & os.O_PATH and entry.pos != NO_POSITION and not (ctx.inherited and _given(ctx, entry)):
             try:
                 os.lseek(fd, entry.pos, os.SEEK_SET)
             except OSError as error:
@@ -88,6 +87,9 @@ class Regular(FileResource):
                     os.close(fd)
                     raise
         return fd
+
+    def settles_each(self, ctx: BuildContext) -> bool:
+        return "opened late" in ctx.memo
 
     def settle_each(
         self, entry: Message, fd: int, task: Any, program: Program, ctx: BuildContext
@@ -130,12 +132,9 @@ def file_id_for(ctx: DumpContext, pid: int, proc_link: str, *, flags: int = 0) -
     One entry serves all who ask for the same file with the same flags. ``pid`` is the task whose
     mounts the name is seen in. Raises Unsupported when the file cannot be found again.
     """
-    result = os.stat(proc_link)
-    target = os.readlink(os.fsencode(proc_link))
-    key = ("file of link", result.st_dev, result.st_ino, target, flags)
+    found = _found_link(pid, proc_link)
+    key = ("file of link", found.stat.st_dev, found.stat.st_ino, found.target, flags)
     if key not in ctx.memo:
-        label = f"{proc_link.rpartition('/')[2]} ({os.fsdecode(target)})"
-        found = paths.Found(pid, proc_link, target, result, label)
         place = paths.locate(found, ctx)
         if place.how == paths.LIVE_TASK:
             raise found.refuse(
@@ -143,27 +142,45 @@ def file_id_for(ctx: DumpContext, pid: int, proc_link: str, *, flags: int = 0) -
             )
         file_id = ctx.new_id("file")
         whole = pb.file_entry(type=pb.fd_types.REG, id=file_id)
-        whole.reg.CopyFrom(_entry(found, place, file_id, flags, ctx))
-        whole.reg.pos = 0
-        whole.reg.fown.CopyFrom(remap.no_owner())
+        whole.reg.CopyFrom(_entry(found, place, file_id, flags, ctx, 0, remap.no_owner()))
         ctx.images.append("files", whole)
         remap.dump(found, place, file_id, ctx)
         ctx.memo[key] = file_id
     return int(ctx.memo[key])
 
 
+def check_link(ctx: DumpContext, pid: int, proc_link: str) -> None:
+    """Raise Unsupported when :func:`file_id_for` would; nothing is frozen yet."""
+    try:
+        found = _found_link(pid, proc_link)
+    except FileNotFoundError:
+        return  # gone meanwhile
+    paths.locate(found, ctx)
+
+
+def _found_link(pid: int, proc_link: str) -> paths.Found:
+    target = os.readlink(os.fsencode(proc_link))
+    label = f"{proc_link.rpartition('/')[2]} ({os.fsdecode(target)})"
+    return paths.Found(pid, proc_link, target, os.stat(proc_link), label)
+
+
 def _entry(
-    found: paths.Found, place: paths.Place, file_id: int, flags: int, ctx: DumpContext
+    found: paths.Found, place: paths.Place, file_id: int, flags: int, ctx: DumpContext, pos: int, owner: Message
 ) -> Message:
-    entry = pb.reg_file_entry(id=file_id, flags=flags, mode=found.stat.st_mode)
+    entry = pb.reg_file_entry(id=file_id, flags=flags, mode=found.stat.st_mode, pos=pos, fown=owner)
     pb.put_bytes(entry, "name", place.name)
     if place.how == paths.EXTERNAL:
         entry.ext = True
         return entry
+    if place.how == paths.NAMED:
+        carried.add(entry, found, place.name, ctx)
     # A log grows; whoever only appends does not mind.
     appends = flags & os.O_ACCMODE == os.O_WRONLY and flags & os.O_APPEND
     if stat.S_ISREG(found.stat.st_mode) and not appends:
         entry.size = found.stat.st_size
+        counter = generation.counter_of(found.proc_link, found.stat)
+        if counter is not None:
+            entry.generation = counter
         if ctx.options.file_validation == "buildid" and found.stat.st_size > 64:
             entry.build_id.extend(_words(build_id(found.proc_link)))
     return entry
@@ -217,8 +234,10 @@ def _words(data: bytes) -> list[int]:
 def _task_in_name(ctx: BuildContext, entry: Message) -> bool:
     """Is it a file of /proc about a task that is being restored? Nobody can open it before that
     task exists."""
+    if entry.name[:6] not in ("/proc/", b"/proc/"):
+        return False
     name = pb.get_bytes(entry.name)
-    if not name.startswith(b"/proc/") or not name[6:7].isdigit():
+    if not name[6:7].isdigit():
         return False
     tasks = ctx.once("pids", lambda: _pids(ctx))
     return name.split(b"/")[2] in tasks and remap.remap_of(ctx, entry.id) is None
@@ -241,7 +260,7 @@ def open_file(ctx: BuildContext, file_id: int, flags: int) -> int:
 
 def _open(ctx: BuildContext, entry: Message, flags: int) -> int:
     name = pb.get_bytes(entry.name)
-    with doing(f"file {os.fsdecode(name)}"):
+    with doing(lambda: f"file {os.fsdecode(name)}"):
         given = _given(ctx, entry)
         if given is not None and not entry.ext:
             return os.dup(given)
@@ -253,10 +272,14 @@ def _open(ctx: BuildContext, entry: Message, flags: int) -> int:
             )
         if not name.startswith(b"/"):
             raise ImageError("files.img", f"file {entry.id}", "its name is not absolute")
+        renewed = generation.stand_in(entry, flags, ctx)
+        if renewed is not None:
+            return renewed
         stand_in = remap.remap_of(ctx, entry.id)
         if stand_in is not None:
             fd = remap.open_remapped(ctx, entry, flags, *stand_in)
         else:
+            carried.ensure(ctx, entry)
             fd = _open_by_name(ctx, entry, name, flags)
         try:
             _check(ctx, entry, fd)
@@ -266,39 +289,63 @@ def _open(ctx: BuildContext, entry: Message, flags: int) -> int:
         return fd
 
 
+def _same(entry: Message) -> tuple[object, ...]:
+    """What a file is looked at for: entries in which this is the same are opened in the same way."""
+    return entry.name, entry.mnt_id, entry.flags, entry.mode, entry.size
+
+
+def _note(ctx: BuildContext, entry: Message) -> None:
+    """A file with nothing special about it has been opened and looked at: other entries about it need not be."""
+    special = entry.ext or entry.build_id or entry.HasField("carried") or entry.HasField("generation")
+    if not special and not ctx.inherited and remap.remap_of(ctx, entry.id) is None:
+        path, where = paths.within(ctx, entry.mnt_id, pb.get_bytes(entry.name))
+        ctx.once("opened by name", dict)[_same(entry)] = path, ghost.opening_flags(entry.flags), where
+
+
+def _open_again(ctx: BuildContext, entry: Message) -> int:
+    """Open a file as one of its name was opened before; -1 if none was, or something else stands in for this one."""
+    opened = ctx.memo.get("opened by name")
+    how = None if opened is None else opened.get(_same(entry))
+    if how is None or entry.id in ctx.memo["remaps"].by_file:
+        return -1
+    path, flags, where = how
+    try:
+        return os.open(path, flags, dir_fd=where)
+    except OSError:
+        return -1  # the way that tells why
+
+
 def _given(ctx: BuildContext, entry: Message) -> int | None:
     """The descriptor that --inherit-fd gave for this file."""
+    if not ctx.inherited:
+        return None
     name = os.fsdecode(pb.get_bytes(entry.name))
-    if entry.ext:
-        return ctx.inherited.get(name)
-    return ctx.inherited.get(name[1:] or ".", ctx.inherited.get(name))
+    given: int | None = ctx.inherited.get(name)
+    if given is None and not entry.ext:
+        given = ctx.inherited.get(name[1:] or ".")
+    return given
 
 
 def _open_by_name(ctx: BuildContext, entry: Message, name: bytes, flags: int) -> int:
-    root = ctx.memo.get(("mount root", entry.mnt_id))
-    where, path = (None, name) if root is None else (root, paths.below(name))
+    path, where = paths.within(ctx, entry.mnt_id, name)
     flags = ghost.opening_flags(flags)
     try:
         if entry.HasField("mode"):
             # Before it is opened: a FIFO in its place would block us, a device might do anything.
-            here = os.stat(path, dir_fd=where, follow_symlinks=not flags & os.O_NOFOLLOW)
-            _check_kind(entry, here)
+            key = ("mode here", entry.mnt_id, name, flags & os.O_NOFOLLOW)
+            here = ctx.memo.get(key)
+            if here is None:
+                here = os.stat(path, dir_fd=where, follow_symlinks=not flags & os.O_NOFOLLOW).st_mode
+                ctx.memo[key] = here
+            if stat.S_IFMT(here) != stat.S_IFMT(entry.mode):
+                raise Unsupported(f"its mode is {here:#o} now, and was {entry.mode:#o}: another kind of file")
         return os.open(path, flags, dir_fd=where)
     except OSError as error:
         assert error.errno is not None
-        hint = (
-            "the restore needs the files that the tasks had open"
-            if error.errno == errno.ENOENT
-            else ""
-        )
+        hint = ""
+        if error.errno == errno.ENOENT:
+            hint = carried.hint(entry) or "the restore needs the files that the tasks had open"
         raise KernelError("open", error.errno, hint=hint) from None
-
-
-def _check_kind(entry: Message, here: os.stat_result) -> None:
-    if stat.S_IFMT(here.st_mode) != stat.S_IFMT(entry.mode):
-        raise Unsupported(
-            f"its mode is {here.st_mode:#o} now, and was {entry.mode:#o}: another kind of file"
-        )
 
 
 def _check(ctx: BuildContext, entry: Message, fd: int) -> None:

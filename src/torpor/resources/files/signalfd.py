@@ -13,7 +13,7 @@ from ...images import schema as pb
 from ...linux.call import call
 from ...proc import fdinfo_kinds
 from ..base import FileResource
-from ..fown import set_flags
+from ..fown import with_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,13 +37,7 @@ class Signalfd(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         mask = struct.pack("=Q", entry.sigmask)
-        fd = call("signalfd4", -1, mask, SIGSET_BYTES, os.O_CLOEXEC)
-        try:
-            set_flags(fd, entry.flags)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return with_flags(call("signalfd4", -1, mask, SIGSET_BYTES, os.O_CLOEXEC), entry.flags)
 
 
 RESOURCE = Signalfd()

@@ -30,6 +30,8 @@ from ._tty_data import End, Keeper, readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from ...images.schema import Message
     from ...remote.program import Program
     from ..base import BuildContext, DumpContext, SourceFile
@@ -39,7 +41,9 @@ _REG = 1
 #: Numbers that CRIU gives to terminals that are no ptys; those of ptys are 2 * index, the master's
 #: 2 * index + 1.
 _FIXED_IDS = {CONSOLE: 2004, VT: 2008, CTTY: 2012, SERIAL: 2020, EXTERNAL: 2024}
+_LAST_ID = 2046  # the last of CRIU's numbers, those of external terminals being the highest
 _FREE_IDS = 1 << 21  # above all that ptys can have
+_DEVICE = 0xFFFFFFFF  # stat shows it signed
 _SERIAL_MAJORS = {166, 188, 204, 229}  # ttyACM, ttyUSB, ttyAMA and its kind, hvc
 _N_TTY = 0
 
@@ -104,14 +108,18 @@ class Tty(FileResource):
         return bool(device_type(source.stat.st_rdev)) and not source.flags & os.O_PATH
 
     def check(self, source: SourceFile, ctx: DumpContext) -> None:
-        if _external_key(source, ctx) is not None:
-            return
         fd = source.borrow()
-        if tty.hung_up(fd):
+        hung = tty.hung_up(fd)
+        if not hung and device_type(source.stat.st_rdev) != CTTY:
+            devices = ctx.memo.setdefault(("tty", "devices"), set())
+            devices.add(tty.ask_or(fd, tty.TIOCGDEV, 0) & _DEVICE)
+        if hung or _external_key(source, ctx) is not None:
             return
         if tty.ask_or(fd, tty.TIOCGETD, _N_TTY) != _N_TTY:
             raise unsupported(source, "it has a line discipline of its own (PPP, SLIP, …)")
         kind = _kind(source, fd)
+        if kind.type == VT:
+            _check_virtual(source, fd)
         if kind.type == PTY:
             _pair(ctx, kind.index).see(source, fd, kind.master)
 
@@ -131,6 +139,16 @@ class Tty(FileResource):
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         return _tty_build.terminals(ctx).take(entry)
+
+
+def _check_virtual(source: SourceFile, fd: int) -> None:
+    """Raise Unsupported for what nobody could give back to a virtual terminal: drivers/tty/vt/vt_ioctl.c"""
+    key = _tty_build.key_of(source.stat.st_rdev, source.stat.st_dev)
+    hint = f"--external {key}, and --inherit-fd fd[N]:{key} at the restore"
+    if tty.ask_or(fd, tty.KDGETMODE, 0):
+        raise unsupported(source, "it shows graphics, of which the kernel knows nothing", hint=hint)
+    if fcntl.ioctl(fd, tty.VT_GETMODE, bytes(tty.VT_MODE_BYTES))[0] == tty.VT_PROCESS:
+        raise unsupported(source, "a program is asked before it is switched away from", hint=hint)
 
 
 def _external_key(source: SourceFile, ctx: DumpContext) -> str | None:
@@ -153,6 +171,29 @@ def _pair(ctx: DumpContext, index: int) -> Pair:
     if index not in pairs:
         pairs[index] = Pair(index)
     found: Pair = pairs[index]
+    return found
+
+
+def unheld(leaders: Iterable[tuple[int, int]], ctx: DumpContext) -> list[TorporError]:
+    """An error for each session whose controlling terminal nobody in the tree holds: it could not be had back, unless
+    that is allowed. ``leaders``: (pid, tty_nr of its stat) of the leaders of sessions.
+
+    For the preflight, after every file was checked.
+    """
+    if ctx.options.shell_job:
+        return []
+    devices = ctx.memo.get(("tty", "devices"), ())
+    found: list[TorporError] = []
+    for pid, number in leaders:
+        device = number & _DEVICE
+        if not device or device in devices:
+            continue
+        major, minor = os.major(device), os.minor(device)
+        name = f"/dev/pts/{minor}" if major == tty.SLAVE_MAJOR else f"device {major}:{minor}"
+        found.append(Unsupported(
+            f"task {pid}: no task of the tree has its controlling terminal ({name}) open",
+            hint="--shell-job connects the tree to your terminal when it is restored, or to none",
+        ))  # fmt: skip
     return found
 
 
@@ -192,13 +233,13 @@ def _path_entry(source: SourceFile, ctx: DumpContext) -> int:
 
 def _info_id(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> int:
     """The number of the terminal's tty_info_entry, which is written when it is met first."""
-    hung = kind.type != EXTERNAL and tty.hung_up(fd)
-    sid, pgrp = (0, 0) if hung or kind.type == EXTERNAL else _session(source, fd, kind, ctx)
+    hung = tty.hung_up(fd)
+    sid, pgrp = (0, 0) if hung else _session(source, fd, kind, ctx)
     if kind.type == CTTY and not sid and not ctx.options.shell_job:
         kind = _behind_ctty(source, fd, kind)
     numbers = ctx.memo.setdefault(("tty", "infos"), {})
     rdev = source.stat.st_rdev
-    if hung:
+    if hung and kind.type != EXTERNAL:
         key: tuple[object, ...] = ("hung", source.id)
     else:
         key = (
@@ -213,12 +254,12 @@ def _info_id(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> int:
         return found
     wanted = 2 * kind.index + kind.master if kind.type == PTY else _FIXED_IDS[kind.type]
     while wanted in numbers.values():
-        wanted = max(wanted + 1, _FREE_IDS)
+        wanted = wanted + 2 if kind.type == EXTERNAL and wanted < _LAST_ID else max(wanted + 1, _FREE_IDS)
     numbers[key] = wanted
     entry = _info_entry(source.stat, wanted, kind)
     entry.sid, entry.pgrp = sid, pgrp
-    if not hung and kind.type != EXTERNAL:
-        _settings(fd, entry)
+    if not hung:
+        _settings(fd, entry)  # of an external one they are its owner's, but CRIU insists on them
         if kind.type == PTY:
             pair = _pair(ctx, kind.index)
             setattr(pair, "master_info" if kind.master else "slave_info", wanted)
@@ -274,16 +315,16 @@ def _session(source: SourceFile, fd: int, kind: Kind, ctx: DumpContext) -> tuple
     if kind.master:
         sid, pgrp = tty.ask_or(fd, tty.TIOCGSID, 0), tty.ask_or(fd, tty.TIOCGPGRP, 0)
     else:
-        device = tty.ask_or(fd, tty.TIOCGDEV, 0) & 0xFFFFFFFF
+        device = tty.ask_or(fd, tty.TIOCGDEV, 0) & _DEVICE
         for task in ctx.tasks.values():
-            if not task.zombie and device and task.stat.tty_nr & 0xFFFFFFFF == device:
+            if not task.zombie and device and task.stat.tty_nr & _DEVICE == device:
                 sid, pgrp = task.stat.session, task.stat.tpgid
                 break
     if sid <= 0:
         return 0, 0
     leader = ctx.tasks.get(sid)
     if leader is None:
-        if ctx.options.shell_job:
+        if ctx.options.shell_job or kind.type == EXTERNAL:
             return 0, 0
         raise unsupported(
             source,
@@ -322,7 +363,9 @@ def finish(ctx: DumpContext) -> Unread:
     returned, :meth:`put_back` if anything fails. Should this process die, they are put back as
     well.
     """
-    for error in unpaired(ctx):
+    alive = [task for task in ctx.tasks.values() if not task.zombie]
+    leaders = [(task.pid, task.stat.tty_nr) for task in alive if task.stat.session == task.pid]
+    for error in [*unpaired(ctx), *unheld(leaders, ctx)]:
         raise error
     ends: list[End] = []
     for pair in ctx.memo.get(("tty", "pairs"), {}).values():
@@ -403,24 +446,25 @@ def emit_session(pid: int, program: Program, ctx: BuildContext) -> None:
     cloned: they get the terminal by inheritance only (kernel/fork.c, copy_signal). It uses the
     builder's descriptor. For other tasks nothing is emitted.
     """
-    fd = _tty_build.terminals(ctx).controlling(pid)
+    fd, lent = _tty_build.terminals(ctx).controlling(pid)
     if fd >= 0:
-        program.call("ioctl", fd, tty.TIOCSCTTY, 0, why="controlling terminal")
+        # What the caller lends is taken from another session, as CRIU does it: tiocsctty() in drivers/tty/tty_jobctrl.c
+        program.call("ioctl", fd, tty.TIOCSCTTY, int(lent), why="controlling terminal")
 
 
-def emit_foreground(pid: int, program: Program, ctx: BuildContext) -> None:
+def emit_foreground(pid: int, program: Program, ctx: BuildContext, seen: Callable[[int], int] = int) -> None:
     """Emit the call that makes a process group that of the foreground.
 
     To be done by the session's leader, once all members have joined their groups. Its own group is
-    in the foreground until then, so that SIGTTOU does not come into it.
+    in the foreground until then, so that SIGTTOU does not come into it. ``seen``: how the task sees a group.
     """
     terminals = _tty_build.terminals(ctx)
-    fd = terminals.controlling(pid)
+    fd, _ = terminals.controlling(pid)
     group = terminals.foreground(pid)
     if fd >= 0 and group:
         # A group that has ended by now, in images of CRIU, leaves the leader's in the foreground.
         gone = (errno.ESRCH, errno.EPERM)
-        program.call("ioctl", fd, tty.TIOCSPGRP, struct.pack("<i", group), may_fail=gone, why="foreground")
+        program.call("ioctl", fd, tty.TIOCSPGRP, struct.pack("<i", seen(group)), may_fail=gone, why="foreground")
 
 
 RESOURCE = Tty()

@@ -12,7 +12,7 @@ import select
 import stat
 import struct
 
-from ...errors import Unsupported
+from ...errors import TaskGone, Unsupported
 from ...images import schema as pb
 from ...linux import sockets
 from ...linux.sock_diag import CLOSE, ESTABLISHED, LISTEN, UnixSocket, unix_sockets
@@ -76,10 +76,17 @@ class Unix(FileResource):
         if not dumped:
             ctx.memo.setdefault("after_files", []).append(lambda: _finish(ctx))
         dumped[sock.ino] = sock
+        _dump_outside(sock, ctx)
         if sock.state == ESTABLISHED or sock.type == SOCK_DGRAM:
             ended = bool(sock.shutdown & _SHUT_READING)
             unix_queue.dump(source, sock.type, ended, ctx)
         return entry
+
+    def check_restore(self, entries: list[Message], ctx: BuildContext) -> None:
+        if ctx.options.remap_address:
+            from .. import unix_remap
+
+            unix_remap.apply(entries, ctx)
 
     def restore(self, entry: Message, ctx: BuildContext) -> int:
         made: dict[int, int] = ctx.once(("unix sockets",), lambda: unix_build.make_all(ctx, Unix.FD_TYPE))
@@ -198,10 +205,10 @@ def _dump_relations(entry: Message, sock: UnixSocket, source: SourceFile, ctx: D
     if _is_pending(sock, ctx):
         listener = _accepting(ctx)[sock.ino]
         entry.peer = listener.ino
-        _dump_connecting(entry.peer_cred, source)
+        _dump_connecting(entry.peer_cred, source, ctx)
         return
     fd = source.borrow()
-    _dump_peer_cred(entry, fd)
+    _dump_peer_cred(entry, fd, ctx)
     if sock.state == LISTEN:
         entry.pending.extend(sock.pending)
     elif sock.type == SOCK_DGRAM:
@@ -214,7 +221,7 @@ def _dump_relations(entry: Message, sock: UnixSocket, source: SourceFile, ctx: D
             entry.error = 104  # ECONNRESET is the only one that there is
 
 
-def _dump_peer_cred(entry: Message, fd: int) -> None:
+def _dump_peer_cred(entry: Message, fd: int, ctx: DumpContext) -> None:
     with sockets.Socket(fd) as sock:
         pid, uid, gid = struct.unpack("=iII", sock.getsockopt(SOL_SOCKET, sockets.SO_PEERCRED, 12))
         if uid == _NOBODY:
@@ -223,14 +230,14 @@ def _dump_peer_cred(entry: Message, fd: int) -> None:
             groups = sock.getsockopt(SOL_SOCKET, sockets.SO_PEERGROUPS, 1024)
         except OSError:
             groups = b""  # more of them than that
-    entry.peer_cred.pid, entry.peer_cred.uid, entry.peer_cred.gid = pid, uid, gid
+    entry.peer_cred.pid, entry.peer_cred.uid, entry.peer_cred.gid = ctx.number(pid), uid, gid
     entry.peer_cred.groups.extend(struct.unpack(f"={len(groups) // 4}I", groups))
 
 
-def _dump_connecting(cred: Message, source: SourceFile) -> None:
+def _dump_connecting(cred: Message, source: SourceFile, ctx: DumpContext) -> None:
     """Whom the one who accepts will see: the task that has connected, which is one that holds the socket."""
     status = proc_status.parse(read(source.holder, "status"))
-    cred.pid, cred.uid, cred.gid = source.holder, status.Uid[1], status.Gid[1]
+    cred.pid, cred.uid, cred.gid = ctx.number(source.holder), status.Uid[1], status.Gid[1]
     cred.groups.extend(status.Groups)
 
 
@@ -241,33 +248,51 @@ def _held_by(ctx: DumpContext, ino: int) -> bool:
     """May a task of the tree hold the socket? Asked before anything stands still."""
     key = ("unix held",)
     if key not in ctx.memo:
-        ctx.memo[key] = _held(ctx.memo.get("pids", ()))
+        ctx.memo[key] = _held(ctx.memo.get("pids", ()), ctx)
     held: set[int] | None = ctx.memo[key]
     return held is None or ino in held or ino in _accepting(ctx)
 
 
-def _held(pids: Iterable[int]) -> set[int] | None:
+def _held(pids: Iterable[int], ctx: DumpContext) -> set[int] | None:
     """Inodes of all sockets that the processes have open; None if others are in flight and nobody knows."""
     found: set[int] = set()
     for pid in pids:
         try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                link = os.readlink(f"/proc/{pid}/fd/{fd}")
+            for fd, link in ctx.descriptors.links(pid):
                 if not link.startswith("socket:["):
                     continue
                 found.add(int(link[8:-1]))
                 info = read(pid, f"fdinfo/{fd}")
                 if b"scm_fds:" in info and b"scm_fds:\t0\n" not in info and b"scm_fds: 0\n" not in info:
                     return None
-        except OSError:
+        except (OSError, TaskGone):
             continue
     return found or None
+
+
+def _dump_outside(sock: UnixSocket, ctx: DumpContext) -> None:
+    """Write an entry for the peer of a socket if no task has it. CRIU wants it before that of the socket."""
+    written: set[int] = ctx.memo.setdefault(("unix outside",), set())
+    if sock.ino in written:
+        raise Unsupported(f"socket:[{sock.ino}] is in flight, and was taken for one of a process outside of the tree")
+    peer = sock.peer or 0
+    if not peer or sock.state == LISTEN or peer in written or peer in ctx.memo["unix dumped",]:
+        return
+    key = ("unix held", "frozen")
+    if key not in ctx.memo:
+        ctx.memo[key] = _held((task.pid for task in ctx.tasks.values() if not task.zombie), ctx)
+    held: set[int] | None = ctx.memo[key]
+    if held is None or peer in held or peer in _accepting(ctx):
+        return  # then it is known in the end
+    _check_external(sock, ctx)
+    written.add(peer)
+    _write_external(peer, ctx)
 
 
 def _finish(ctx: DumpContext) -> None:
     """All files are dumped: what is connected to others must be allowed to be, and they get an entry each."""
     dumped: dict[int, UnixSocket] = ctx.memo["unix dumped",]
-    written: set[int] = set()
+    written: set[int] = ctx.memo["unix outside",]
     for sock in dumped.values():
         if sock.state == LISTEN:
             missing = [ino for ino in sock.pending if ino not in dumped]

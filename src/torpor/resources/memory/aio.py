@@ -127,6 +127,7 @@ class AioRing(MappingResource):
     """A ring of completed requests."""
 
     KINDS = (maps.AIO,)
+    STATUS = VMA_AIORING
     PRIVATE_PAGES = False
 
     def check(self, mapping: Any, pid: int, ctx: DumpContext) -> None:
@@ -142,8 +143,8 @@ class AioRing(MappingResource):
         ring = {"id": vma.start, "nr_req": requests_for(size), "ring_len": size}
         ctx.memo.setdefault(("aios", task.pid), []).append(ring)
 
-    def restores(self, entry: Message) -> bool:
-        return bool(entry.status & VMA_AIORING)
+    def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
+        return False
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         ctx.once("aio null", lambda: ctx.keep(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)))

@@ -6,11 +6,16 @@ Kernel: mm/mmap.c, mm/madvise.c
 
 from __future__ import annotations
 
+import os
+
 from ...proc import maps
 from ..base import (
     MAP_ANONYMOUS,
     MAP_DROPPABLE,
     MAP_FIXED,
+    MAP_GROWSDOWN,
+    MAP_HUGETLB,
+    MAP_LOCKED,
     MAP_PRIVATE,
     VMA_ANON_PRIVATE,
     VMA_HEAP,
@@ -28,13 +33,15 @@ if TYPE_CHECKING:
     from ...remote.program import Program
     from ..base import BuildContext, DumpContext
 
-PR_SET_VMA, PR_SET_VMA_ANON_NAME = 0x53564D41, 0
+MAP_HUGE_SHIFT = 26
 
 
 class Anonymous(MappingResource):
     """Memory of one task that no file stands behind."""
 
     KINDS = (maps.ANON, maps.HEAP, maps.STACK, maps.NAMED, maps.HUGEPAGE)
+    STATUS = VMA_ANON_PRIVATE
+    STATUS_NOT = VMA_VDSO | VMA_VVAR
 
     def claims(self, mapping: Any) -> bool:
         return bool(mapping.vma.flags & MAP_PRIVATE) or "dp" in mapping.flags
@@ -47,16 +54,20 @@ class Anonymous(MappingResource):
         entry.pgoff = 0
         if "dp" in mapping.flags:
             entry.flags = entry.flags & ~MAP_PRIVATE | MAP_DROPPABLE
+        if mapping.vma.kind == maps.HUGEPAGE:
+            status = os.stat(f"/proc/{task.pid}/map_files/{mapping.vma.start:x}-{mapping.vma.end:x}")
+            entry.flags |= (status.st_blksize.bit_length() - 1) << MAP_HUGE_SHIFT  # several sizes may be there
         if mapping.vma.kind == maps.NAMED:
             entry.anon_name = mapping.vma.name
 
-    def restores(self, entry: Message) -> bool:
-        special = VMA_VDSO | VMA_VVAR
-        return bool(entry.status & VMA_ANON_PRIVATE) and not entry.status & special
+    def joins(self, entry: Message) -> bool:
+        return not entry.flags & (MAP_GROWSDOWN | MAP_HUGETLB) and not entry.HasField("anon_name")
 
     def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
         length = entry.end - entry.start
-        program.call("mmap", entry.start, length, prot, entry.flags | MAP_ANONYMOUS | MAP_FIXED, -1, 0)
+        # Locked later: MAP_LOCKED would make all pages here, and those from outside find theirs taken.
+        flags = entry.flags & ~MAP_LOCKED | MAP_ANONYMOUS | MAP_FIXED
+        program.call("mmap", entry.start, length, prot, flags, -1, 0)
 
 
 RESOURCE = Anonymous()

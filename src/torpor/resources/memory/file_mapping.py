@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from ...proc import maps
+from .. import generation
 from ..base import (
     MAP_FIXED,
     MAP_SHARED,
@@ -20,6 +21,7 @@ from ..base import (
     MappingResource,
 )
 from ..files import regular
+from ..remap import remap_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ class FileMapping(MappingResource):
     """A file seen as memory. Pages that a private mapping has written to are the task's own."""
 
     KINDS = (maps.FILE,)
+    STATUS = VMA_FILE_PRIVATE | VMA_FILE_SHARED
+    STATUS_NOT = VMA_MEMFD | VMA_SOCKET
+
+    def check(self, mapping: Any, pid: int, ctx: DumpContext) -> None:
+        if mapping.vma.deleted:
+            regular.check_link(ctx, pid, f"/proc/{pid}/map_files/{mapping.vma.start:x}-{mapping.vma.end:x}")
 
     def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
         vma = mapping.vma
@@ -48,8 +56,9 @@ class FileMapping(MappingResource):
             ctx.memo[key] = regular.file_id_for(ctx, task.pid, link, flags=entry.fdflags)
         entry.shmid = ctx.memo[key]
 
-    def restores(self, entry: Message) -> bool:
-        return bool(entry.status & (VMA_FILE_PRIVATE | VMA_FILE_SHARED)) and not entry.status & (VMA_MEMFD | VMA_SOCKET)
+    def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
+        # A file without a name is made for each copy, and so is what stands in for a generation file.
+        return remap_of(ctx, entry.shmid) is None and not generation.is_renewed(ctx, entry.shmid)
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         flags = entry.fdflags if entry.HasField("fdflags") else os.O_RDONLY

@@ -22,6 +22,7 @@ class PacketRing(MappingResource):
     """A mapping of the rings of a packet socket."""
 
     KINDS = (maps.SOCKET,)
+    STATUS = VMA_SOCKET
     PRIVATE_PAGES = False
 
     def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
@@ -34,8 +35,8 @@ class PacketRing(MappingResource):
         entry.status = VMA_REGULAR | VMA_SOCKET
         entry.shmid = file_id
 
-    def restores(self, entry: Message) -> bool:
-        return bool(entry.status & VMA_SOCKET)
+    def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
+        return False
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         ctx.build(entry.shmid)

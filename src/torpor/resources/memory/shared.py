@@ -35,6 +35,7 @@ class SharedMemory(MappingResource):
     """Memory that other mappings, of this task or of another, may see too."""
 
     KINDS = (maps.SHMEM, maps.MEMFD, maps.NAMED_SHMEM, maps.HUGEPAGE)
+    STATUS = VMA_MEMFD
     PRIORITY = 60  # a private mapping of nameless huge pages is anonymous memory
 
     def claims(self, mapping: Any) -> bool:
@@ -52,8 +53,8 @@ class SharedMemory(MappingResource):
         if vma.kind == maps.NAMED_SHMEM:
             entry.anon_name = vma.name
 
-    def restores(self, entry: Message) -> bool:
-        return bool(entry.status & VMA_MEMFD)
+    def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
+        return False
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         flags = entry.fdflags if entry.HasField("fdflags") else os.O_RDWR

@@ -58,6 +58,7 @@ class SysvShared(MappingResource):
     """An attached segment, or a part of one."""
 
     KINDS = (maps.SYSV,)
+    STATUS = VMA_SYSVIPC
     PRIVATE_PAGES = False
 
     def check(self, mapping: Any, pid: int, ctx: DumpContext) -> None:
@@ -76,8 +77,8 @@ class SysvShared(MappingResource):
             with doing(f"System V shared memory {vma.inode}"):
                 _write_segment(vma.inode, f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}", ctx)
 
-    def restores(self, entry: Message) -> bool:
-        return bool(entry.status & VMA_SYSVIPC)
+    def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
+        return False
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         def make() -> int:
@@ -92,7 +93,7 @@ class SysvShared(MappingResource):
         parts = [
             other
             for other in ctx.memo["mm"].vmas
-            if self.restores(other) and other.shmid == entry.shmid and other.start - other.pgoff == base
+            if other.status & VMA_SYSVIPC and other.shmid == entry.shmid and other.start - other.pgoff == base
         ]
         granted = _granted(parts)
         if entry.start == parts[0].start:
@@ -203,7 +204,7 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
     """See to it that the segment exists; its size in bytes."""
     entry = ctx.once(("sysv shm", "all"), lambda: _segments(ctx)).get(shmid)
     if entry is None:
-        raise ImageError("ipcns-shm", "", f"segment {shmid} is mapped and not there")
+        raise ImageError(f"ipcns-shm-{HOST_IPC}.img", "", f"segment {shmid} is mapped and not there")
     if not entry.in_pagemaps:
         raise Unsupported("its content is stored in the form of CRIU before 3.14")
     rows = _rows()
@@ -222,7 +223,7 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
     if key and any(row.key & 0xFFFFFFFF == key for row in rows):
         raise Unsupported(f"another segment has its key {key:#x}", hint=f"remove it: ipcrm -M {key:#x}")
     _create(entry)
-    ctx.undo.add(f"remove segment {shmid}", lambda: call("shmctl", shmid, IPC_RMID, None))
+    ctx.on_failure.add(f"remove segment {shmid}", lambda: call("shmctl", shmid, IPC_RMID, None))
     _set_owner(entry.desc)
     if entry.desc.mode & SHM_LOCKED:
         call("shmctl", shmid, SHM_LOCK, None)

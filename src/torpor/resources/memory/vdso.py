@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..base import BuildContext, DumpContext
 
 ARCH_MAP_VDSO_64 = 0x2003
-STATUS = {
+_STATUS_OF = {
     maps.VDSO: VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VDSO,
     maps.VVAR: VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
     maps.VVAR_VCLOCK: VMA_REGULAR | VMA_ANON_PRIVATE | VMA_VVAR,
@@ -40,17 +40,15 @@ STATUS = {
 class Vdso(MappingResource):
     """The pages of the kernel in a task's memory."""
 
-    KINDS = tuple(STATUS)
+    KINDS = tuple(_STATUS_OF)
+    STATUS = VMA_VDSO | VMA_VVAR | VMA_VSYSCALL
     PRIORITY = 10
     PRIVATE_PAGES = False
 
     def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
-        entry.status = STATUS[mapping.vma.kind]
+        entry.status = _STATUS_OF[mapping.vma.kind]
         entry.flags |= MAP_ANONYMOUS
         entry.pgoff = 0
-
-    def restores(self, entry: Message) -> bool:
-        return bool(entry.status & (VMA_VDSO | VMA_VVAR | VMA_VSYSCALL))
 
     def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
         """Nothing: see :func:`emit`, which places all of them at once."""
@@ -65,13 +63,18 @@ def layout(vmas: Any) -> tuple[int, int, int] | None:
     return min(data, default=code[0].start), code[0].start, code[0].end
 
 
-def emit(wanted: tuple[int, int, int] | None, present: tuple[int, int, int] | None, program: Program) -> None:
-    """Emit the calls that move the kernel's pages from where they are to where they are ``wanted``."""
-    if wanted == present:
-        return
-    if present:
+def clear(wanted: tuple[int, int, int] | None, present: tuple[int, int, int] | None, program: Program) -> None:
+    """Emit the call that unmaps the kernel's pages where they are ``present`` and not ``wanted``.
+
+    It goes before any other mapping: something else may belong there.
+    """
+    if present and wanted != present:
         program.call("munmap", present[0], present[2] - present[0], why="vdso of the stub")
-    if wanted:
+
+
+def emit(wanted: tuple[int, int, int] | None, present: tuple[int, int, int] | None, program: Program) -> None:
+    """Emit the call that maps the kernel's pages where they are ``wanted`` and not ``present``; after clear()."""
+    if wanted and wanted != present:
         program.call("arch_prctl", ARCH_MAP_VDSO_64, wanted[0], why="vdso where the task had it")
 
 

@@ -31,7 +31,7 @@ import struct
 from ... import log
 from ...errors import Unsupported
 from ...linux.kernel import prctl
-from ...proc.read import read_system
+from ...proc.read import read, read_system
 from ..base import TaskResource
 from ._own import OWN_USER_NAMESPACE, own_status
 
@@ -101,6 +101,10 @@ class Credentials(TaskResource):
         _fill_capabilities(entry, thread.status)
         if thread.status.NoNewPrivs:
             entry.no_new_privs = 1
+        if thread.tid == thread.task.pid:
+            profile = _profile(thread.tid)
+            if profile not in ("", "unconfined", _profile(os.getpid())):
+                log.warning(f"task {thread.tid}: it is confined ({profile}), which is not kept: it will be as we are")
 
     def check(self, core: Message, ctx: BuildContext) -> None:
         """Raise Unsupported for capabilities that we cannot give because we have not got them."""
@@ -129,6 +133,14 @@ class Credentials(TaskResource):
         if core.thread_core.HasField("creds") and not same_as_own(core.thread_core.creds, ctx):
             _restore_identities(core.thread_core.creds, program)
             _restore_capabilities(core.thread_core.creds, program)
+
+
+def _profile(pid: int) -> str:
+    """How a security module (AppArmor, SELinux, …) confines a process; empty where none says so."""
+    try:
+        return read(pid, "attr/current").rstrip(b"\0\n").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _restore_identities(entry: Message, program: Program) -> None:

@@ -28,15 +28,23 @@ if TYPE_CHECKING:
     from ...remote.program import Program
     from ..base import BuildContext, DumpContext
 
-#: SIGSTOP cannot be blocked, and with SIGTRAP a restored task's program tells its tracer of a stop.
+#: What a task's program does not queue itself: SIGSTOP cannot be blocked, and with SIGTRAP it tells its tracer of a
+#: stop. The first is sent by the engine, at the very end, the other queued by the task after its last stop.
 HELD_BACK = (signal.SIGSTOP, signal.SIGTRAP)
 
 
-def held_back(core: Message) -> list[int]:
-    """Pending signals that the engine has to send itself, at the very end: see HELD_BACK."""
-    queues = (core.tc.signals_s, core.thread_core.signals_p)
-    numbers = {_number(entry) for queue in queues for entry in queue.signals}
-    return [number for number in HELD_BACK if number in numbers]
+def stops(core: Message) -> bool:
+    """Is a SIGSTOP to be sent to the thread when it is let go?"""
+    return is_pending(core, signal.SIGSTOP)
+
+
+def late(core: Message) -> list[tuple[bool, bytes]]:
+    """The SIGTRAPs to be queued after the last stop: (is it the process's, its siginfo)."""
+    queues = ((True, core.tc.signals_s), (False, core.thread_core.signals_p))
+    return [
+        (shared, bytes(entry.siginfo))
+        for shared, queue in queues for entry in queue.signals if _number(entry) == signal.SIGTRAP
+    ]  # fmt: skip
 
 
 class PendingSignals(TaskResource):
@@ -67,10 +75,10 @@ class PendingSignals(TaskResource):
     def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
         if core.HasField("tc"):
             for entry in _sendable(core.tc.signals_s):
-                program.call("rt_sigqueueinfo", thread.task.pid, _number(entry), entry.siginfo)
+                program.call("rt_sigqueueinfo", thread.task.own_pid, _number(entry), entry.siginfo)
         for entry in _sendable(core.thread_core.signals_p):
             program.call(
-                "rt_tgsigqueueinfo", thread.task.pid, thread.tid, _number(entry), entry.siginfo
+                "rt_tgsigqueueinfo", thread.task.own_pid, thread.own_tid, _number(entry), entry.siginfo
             )
 
 
@@ -80,6 +88,12 @@ def _number(entry: Message) -> int:
 
 def _sendable(queue: Message) -> list[Message]:
     return [entry for entry in queue.signals if _number(entry) not in (signal.SIGKILL, *HELD_BACK)]
+
+
+def is_pending(core: Message, number: int) -> bool:
+    """Is a signal pending, for the thread or its process?"""
+    queues = core.thread_core.signals_p, core.tc.signals_s
+    return any(_number(entry) == number for queue in queues for entry in queue.signals)
 
 
 def _fill(queue: Message, signals: list[bytes]) -> None:

@@ -1,7 +1,7 @@
 """The execution domain: personality(2), kernel/exec_domain.c.
 
-It is a thread's, but the images have room for the process's only (task_core_entry.personality):
-all threads get that.
+It is a thread's. Image: task_core_entry.personality, the main thread's; thread_core_entry.personality, ours, where
+another thread has another one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ class Personality(TaskResource):
     ORDER = 45
 
     def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
-        if thread.tid == thread.task.pid:
-            core.tc.personality = parse_personality(read(thread.tid, "personality"))
+        task = thread.task
+        found = parse_personality(read(task.pid, f"task/{thread.tid}/personality"))
+        if thread.tid == task.pid:
+            core.tc.personality = task.answers["personality"] = found
+        elif found != task.answers["personality"]:
+            core.thread_core.personality = found
 
     def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
-        program.call("personality", thread.task.core.tc.personality)
+        own = core.thread_core
+        program.call("personality", own.personality if own.HasField("personality") else thread.task.core.tc.personality)
 
 
 RESOURCE = Personality()

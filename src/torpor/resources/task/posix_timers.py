@@ -10,16 +10,16 @@ What the kernel does not tell and is lost: that a timer was set to an absolute t
 with the time that remains), the overrun count of the last signal, and which thread's CPU time a
 timer on CLOCK_THREAD_CPUTIME_ID measures (the main thread's, after a restore).
 
-Image: task_timers_entry.posix.
+Image: task_timers_entry.posix; timers_take_ids of task_core_entry, ours, for a process that restores timers itself.
 """
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from ...errors import ImageError, KernelError, Unsupported
 from ...linux.kernel import prctl
-from ...proc import timers
 from ...proc.read import read
 from ..base import TaskResource
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PR_TIMER_CREATE_RESTORE_IDS, OFF, ON, GET = 77, 0, 1, 2
 ITIMERSPEC = struct.Struct("<4Q")
 SIGEVENT = struct.Struct("<Qiii44x")  # value, signo, notify, thread id
+SIGEV_NONE, SIGEV_THREAD_ID = 1, 4  # include/uapi/asm-generic/siginfo.h
 NUMBERS_MAX = 1 << 16  # timers made only to be deleted, on a kernel that cannot be told the number
 
 
@@ -45,24 +46,33 @@ class PosixTimers(TaskResource):
 
     ORDER = 65
 
-    def ask(self, program: Program, thread: Any) -> Asked:
+    def ask(self, program: Program, thread: Any) -> tuple[Ref, Asked]:
+        from ...proc import timers
+
+        takes = program.call("prctl", PR_TIMER_CREATE_RESTORE_IDS, GET, 0, 0, 0, may_fail=(errno.EINVAL,))
         asked: Asked = []
         for timer in timers.parse(read(thread.task.pid, "timers")):
             area = program.out(ITIMERSPEC.size)
             program.call("timer_gettime", timer.ID, area)
             asked.append((timer, area, program.call("timer_getoverrun", timer.ID)))
-        return asked
+        return takes, asked
 
-    def dump(self, thread: Any, run: Run, asked: Asked, core: Message, ctx: DumpContext) -> None:
-        own_number = {other.tid: other.vtid for other in thread.task.threads}
+    def varies(self, thread: Any) -> object:
+        return read(thread.task.pid, "timers")
+
+    def dump(self, thread: Any, run: Run, asked: tuple[Ref, Asked], core: Message, ctx: DumpContext) -> None:
+        own_number = {other.tid: other.own_tid for other in thread.task.threads}
         core.tc.timers.SetInParent()
-        for timer, area, overrun in asked:
+        takes, timers = asked
+        if run.result(takes) == ON:
+            core.tc.timers_take_ids = True
+        for timer, area, overrun in timers:
             entry = core.tc.timers.posix.add(
                 it_id=timer.ID, clock_id=timer.ClockID & 0xFFFFFFFF, si_signo=timer.signal,
                 it_sigev_notify=timer.notify, sival_ptr=timer.sigval, overrun=run.result(overrun),
             )  # fmt: skip
             entry.isec, entry.insec, entry.vsec, entry.vnsec = ITIMERSPEC.unpack(run.bytes(area))
-            if timer.notify & timers.SIGEV_THREAD_ID and timer.target in own_number:
+            if timer.notify & SIGEV_THREAD_ID and timer.target in own_number:
                 entry.notify_thread_id = own_number[timer.target]
 
     def check(self, core: Message, ctx: BuildContext) -> None:
@@ -74,6 +84,8 @@ class PosixTimers(TaskResource):
                 raise ImageError("core", field, "not a time")
             if entry.it_id >= 1 << 31 or entry.it_id in seen:
                 raise ImageError("core", field, "number out of range or not unique")
+            if max(entry.si_signo, entry.it_sigev_notify) >= 1 << 31:
+                raise ImageError("core", field, "signal or notification out of range")
             seen.add(entry.it_id)
         if seen and max(seen) > NUMBERS_MAX and not _takes_numbers(ctx):
             raise Unsupported(
@@ -83,15 +95,17 @@ class PosixTimers(TaskResource):
 
     def restore(self, thread: Any, core: Message, program: Program, ctx: BuildContext) -> None:
         entries = sorted(core.tc.timers.posix, key=lambda entry: int(entry.it_id))
-        if not entries:
+        stays = bool(core.tc.timers_take_ids)
+        if not entries and not stays:
             return
-        tids = {other.tid for other in thread.task.threads}
+        tids = {other.own_tid for other in thread.task.threads}
         if _takes_numbers(ctx):
             program.call("prctl", PR_TIMER_CREATE_RESTORE_IDS, ON, 0, 0, 0, why="numbers as given")
             for entry in entries:
                 _create(program, entry, tids)
-            program.call("prctl", PR_TIMER_CREATE_RESTORE_IDS, OFF, 0, 0, 0)
-        else:
+            if not stays:
+                program.call("prctl", PR_TIMER_CREATE_RESTORE_IDS, OFF, 0, 0, 0)
+        elif entries:
             _create_by_counting(program, entries, tids)
         for entry in entries:
             _arm(program, entry)
@@ -111,8 +125,8 @@ def _takes_numbers(ctx: BuildContext) -> bool:
 
 def _create(program: Program, entry: Message, tids: set[int]) -> None:
     notify, target = entry.it_sigev_notify, entry.notify_thread_id
-    if notify & timers.SIGEV_THREAD_ID and target not in tids:
-        notify = timers.SIGEV_NONE  # the thread it was for had ended: nothing gets its signal
+    if notify & SIGEV_THREAD_ID and target not in tids:
+        notify = SIGEV_NONE  # the thread it was for had ended: nothing gets its signal
     event = SIGEVENT.pack(entry.sival_ptr, entry.si_signo, notify, target)
     number = struct.pack("<i", entry.it_id)
     program.call("timer_create", entry.clock_id, event, number, why=f"timer {entry.it_id}")

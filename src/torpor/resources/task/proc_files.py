@@ -1,6 +1,7 @@
 """Attributes of a process that are set through its files in /proc, from outside: fs/proc/base.c.
 
-Image: task_core_entry.oom_score_adj, loginuid; coredump_filter is ours.
+Image: task_core_entry.oom_score_adj; coredump_filter is ours. The login uid, which only the task itself can write, is
+in loginuid.py.
 """
 
 from __future__ import annotations
@@ -11,12 +12,7 @@ import os
 from ... import log
 from ...errors import ImageError
 from ...proc.read import open_file, read
-from ...proc.scalars import (
-    LOGINUID_UNSET,
-    parse_coredump_filter,
-    parse_loginuid,
-    parse_oom_score_adj,
-)
+from ...proc.scalars import parse_coredump_filter, parse_oom_score_adj
 from ..base import TaskResource
 
 TYPE_CHECKING = False
@@ -31,15 +27,11 @@ COREDUMP_FILTER_DEFAULT = 0x33
 
 
 class ProcFiles(TaskResource):
-    """OOM score adjustment, login uid, what a core file contains."""
+    """OOM score adjustment, what a core file contains."""
 
     def dump(self, thread: Any, run: Any, asked: Any, core: Message, ctx: DumpContext) -> None:
         pid = thread.task.pid
         core.tc.oom_score_adj = parse_oom_score_adj(read(pid, "oom_score_adj"))
-        loginuid = _read_if_there(pid, "loginuid")  # without CONFIG_AUDIT there is none
-        if loginuid is not None:
-            number = parse_loginuid(loginuid)
-            core.tc.loginuid = LOGINUID_UNSET if number is None else number
         chosen = _read_if_there(pid, "coredump_filter")
         if chosen is not None and parse_coredump_filter(chosen) != COREDUMP_FILTER_DEFAULT:
             core.tc.coredump_filter = parse_coredump_filter(chosen)
@@ -53,16 +45,6 @@ class ProcFiles(TaskResource):
             _write(task, "oom_score_adj", core.tc.oom_score_adj, parse_oom_score_adj)
         wanted = core.tc.coredump_filter or COREDUMP_FILTER_DEFAULT
         _write(task, "coredump_filter", wanted, parse_coredump_filter)
-        if core.tc.HasField("loginuid"):
-            wanted = core.tc.loginuid
-            # Only a task itself may do that, and mostly once (audit_loginuid_immutable): it has
-            # ours then.
-            _write(
-                task,
-                "loginuid",
-                None if wanted == LOGINUID_UNSET else wanted,
-                parse_loginuid,
-            )
 
 
 def _read_if_there(pid: int, name: str) -> bytes | None:
@@ -72,16 +54,15 @@ def _read_if_there(pid: int, name: str) -> bytes | None:
         return None
 
 
-def _write(task: Any, name: str, value: int | None, parse: Any) -> None:
+def _write(task: Any, name: str, value: int, parse: Any) -> None:
     pid = task.live_pid
     present = _read_if_there(pid, name)
     if present is None or parse(present) == value:
         return
-    text = b"%d" % (LOGINUID_UNSET if value is None else value)
     try:
         fd = open_file(pid, name, os.O_WRONLY)
         try:
-            os.write(fd, text)
+            os.write(fd, b"%d" % value)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

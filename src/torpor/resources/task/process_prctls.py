@@ -68,8 +68,7 @@ class ProcessAttributes(TaskResource):
             "prctl", PR_SET_CHILD_SUBREAPER, core.tc.child_subreaper, 0, 0, 0, why="subreaper"
         )
         if core.tc.memory_merge:
-            # Needs CAP_SYS_RESOURCE and saves memory, nothing else: without it the task is as
-            # right.
+            # It saves memory, nothing else: where KSM is not to be had the task is as right.
             program.call(
                 "prctl", PR_SET_MEMORY_MERGE, 1, 0, 0, 0, may_fail=(errno.EPERM, errno.EINVAL)
             )

@@ -84,8 +84,11 @@ class Seccomp(TaskResource):
         if own.seccomp_mode == MODE_STRICT:
             program.call("prctl", PR_SET_SECCOMP, MODE_STRICT, 0, 0, 0, why="seccomp: strict")
         if own.seccomp_mode == MODE_FILTER:
+            # What the mitigation of a filter without this flag has led to is in thread_prctls.py's speculation, and the
+            # kernel does not tell the flag.
+            mitigated = FLAG_SPEC_ALLOW if own.speculation else 0
             for code, flags in _chain(own.seccomp_filter, ctx):
-                _install(program, code, flags)
+                _install(program, code, flags | mitigated)
 
 
 def _install(program: Program, code: bytes, flags: int) -> None:

@@ -64,4 +64,10 @@ class SignalActions(TaskResource):
                 program.call("rt_sigaction", number, ACTION.pack(*action), 0, SET_BYTES)
 
 
+def ignores(core: Message, number: int) -> bool:
+    """Does the process ignore a signal (SIG_IGN)?"""
+    actions = core.tc.sigactions
+    return bool(actions) and actions[SIGNALS.index(number)].sigaction == int(signal.SIG_IGN)
+
+
 RESOURCE = SignalActions()

@@ -1,7 +1,7 @@
 """Attributes of a thread that are one value each: kernel/sys.c, arch/x86/kernel/process.c.
 
 Image: thread_core_entry.comm (task_core_entry.comm for the main thread); timerslack_ns, tsc_mode,
-speculation, io_flusher and mce_kill are ours, and absent where a thread has what every thread
+cpuid_faults, speculation, io_flusher and mce_kill are ours, and absent where a thread has what every thread
 begins with.
 """
 
@@ -29,6 +29,7 @@ PR_GET_SPECULATION_CTRL, PR_SET_SPECULATION_CTRL, PR_SET_IO_FLUSHER = 52, 53, 57
 SPECULATION_KINDS = (0, 1, 2)  # store bypass, indirect branch, L1D flush on context switch
 SPEC_PRCTL = 1  # in an answer: it is up to the thread
 TSC_ENABLE = 1
+ARCH_GET_CPUID, ARCH_SET_CPUID = 0x1011, 0x1012
 IO_FLUSHER_FLAGS = 0x80000 | 0x100000  # PF_MEMALLOC_NOIO, PF_LOCAL_THROTTLE (include/linux/sched.h)
 NAME_BYTES = 16
 
@@ -36,12 +37,13 @@ NAME_BYTES = 16
 class Asked:
     """Where the getters' results are."""
 
-    __slots__ = ("mce_kill", "slack", "speculation", "tsc")
+    __slots__ = ("cpuid", "mce_kill", "slack", "speculation", "tsc")
 
     def __init__(self, program: Program) -> None:
         self.slack: Ref = program.call("prctl", PR_GET_TIMERSLACK, 0, 0, 0, 0)
         self.tsc: Data = program.out(4)
         program.call("prctl", PR_GET_TSC, self.tsc, 0, 0, 0)
+        self.cpuid: Ref = program.call("arch_prctl", ARCH_GET_CPUID, 0)
         self.speculation: list[Ref] = [
             program.call(
                 "prctl",
@@ -58,7 +60,7 @@ class Asked:
 
 
 class ThreadAttributes(TaskResource):
-    """Name, timer slack, TSC, speculation, IO flusher, machine check policy."""
+    """Name, timer slack, TSC, CPUID, speculation, IO flusher, machine check policy."""
 
     PER = "thread"
     ORDER = 40
@@ -76,6 +78,8 @@ class ThreadAttributes(TaskResource):
         (tsc,) = struct.unpack("<i", run.bytes(asked.tsc))
         if tsc != TSC_ENABLE:
             own.tsc_mode = tsc
+        if run.result(asked.cpuid) == 0:
+            own.cpuid_faults = True
         chosen = [max(run.result(ref), 0) for ref in asked.speculation]
         if any(value & SPEC_PRCTL for value in chosen):
             own.speculation.extend(value if value & SPEC_PRCTL else 0 for value in chosen)
@@ -97,6 +101,8 @@ class ThreadAttributes(TaskResource):
             program.call("prctl", PR_SET_TIMERSLACK, own.timerslack_ns, 0, 0, 0, why="timer slack")
         if own.tsc_mode:
             program.call("prctl", PR_SET_TSC, own.tsc_mode, 0, 0, 0, why="TSC")
+        if own.cpuid_faults:
+            program.call("arch_prctl", ARCH_SET_CPUID, 0, why="CPUID faults")
         for kind, value in zip(SPECULATION_KINDS, own.speculation, strict=False):
             if value & SPEC_PRCTL:
                 # Another processor may have nothing to choose.
