@@ -6,16 +6,20 @@
 
     result = torpor.dump(pid, "/var/snap")          # the tree below pid is in /var/snap, and gone
     tree = torpor.restore("/var/snap")              # it runs again, as children of this process
+    with torpor.template("/var/snap") as template:  # any number of times, a few milliseconds each
+        copies = [template.clone(stdout=log) for log in logs]
     for problem in torpor.check(pid):               # what would stop a dump, before anything is frozen
         print(problem)
 
 Every function takes the options of :class:`torpor.Options` as keyword arguments (``leave_running=True``,
-``shell_job=True``, …) and raises :class:`torpor.TorporError` and its subclasses.
+``shell_job=True``, …) and raises :class:`torpor.TorporError` and its subclasses. ``notify=FUNCTION`` is called at the
+moments that an ``--action-script`` is run at, with an object that has ``name``, ``pid``, ``images_dir`` and ``fd``; an
+error that it raises ends the operation (:class:`torpor.ActionFailed`) where there still is a way back.
 """
 
 from __future__ import annotations
 
-from .errors import Blockers, ImageError, KernelError, TaskGone, TorporError, Unsupported, UsageError
+from .errors import ActionFailed, Blockers, ImageError, KernelError, TaskGone, TorporError, Unsupported, UsageError
 from .options import Options
 
 TYPE_CHECKING = False
@@ -23,12 +27,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from .engine.audit import Audit
     from .engine.dump import DumpResult
     from .engine.restore import RestoreResult
+    from .engine.template import Template
 
 __all__ = [
-    "Blockers", "ImageError", "KernelError", "Options", "TaskGone", "TorporError", "Unsupported", "UsageError",
-    "check", "dump", "explain", "restore",
+    "ActionFailed", "Blockers", "ImageError", "KernelError", "Options", "TaskGone", "TorporError", "Unsupported",
+    "UsageError", "audit", "check", "dump", "explain", "restore", "template",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -55,6 +61,17 @@ def restore(images_dir: str | os.PathLike[str], **options: object) -> RestoreRes
     return run(Options(images_dir=_path(images_dir), **options).freeze())
 
 
+def template(images_dir: str | os.PathLike[str], **options: object) -> Template:
+    """Hold the snapshot in ``images_dir`` ready to be copied: its memory is restored once.
+
+    Use it as a context manager and call :meth:`Template.clone` for each copy, all in one thread. Copies are children of
+    this process and outlive the template. Raises TorporError; nothing of the attempt is left then.
+    """
+    from .engine.template import Template
+
+    return Template(Options(images_dir=_path(images_dir), **options).freeze())
+
+
 def check(pid: int, **options: object) -> list[TorporError]:
     """Everything that a dump of the tree below and with ``pid`` would refuse, with hints; empty when nothing stands in
     the way.
@@ -64,6 +81,17 @@ def check(pid: int, **options: object) -> list[TorporError]:
     from .engine.check import check_task
 
     return check_task(pid, Options(pid=pid, **options).freeze())
+
+
+def audit(images_dir: str | os.PathLike[str], **options: object) -> Audit:
+    """What the copies of a snapshot would have in common and should not, the worst first in ``.shared``.
+
+    Read from the snapshot alone; ``fresh`` and ``tcp_close`` are taken into account. What ``restore(strict=True)``
+    would refuse is in ``.refused()``.
+    """
+    from .engine.audit import audit as run
+
+    return run(Options(images_dir=_path(images_dir), **options).freeze())
 
 
 def explain(images_dir: str | os.PathLike[str], **options: object) -> Iterator[str]:

@@ -8,6 +8,7 @@
     ├── Unsupported          something that cannot be dumped or restored here, and why
     │   └── Blockers         all the things that stand in the way, found in one go
     ├── TaskGone             a task ended while it was being worked on
+    ├── ActionFailed         an action script or callback of the caller failed
     └── UsageError           the caller asked for something that makes no sense
 
 An error reads from the outside in and ends with its cause::
@@ -25,7 +26,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 
@@ -33,10 +34,11 @@ class TorporError(Exception):
     """Base of every error that Torpor raises on purpose.
 
     ``hint`` is advice for the reader, kept apart from the fact. ``context`` is the chain of what was being done,
-    outermost first. ``status`` is the value that CRIU's RPC calls cr_errno.
+    outermost first. ``status`` is the value that CRIU's RPC calls cr_errno, ``exit_status`` how a command ends by it.
     """
 
     status = 0
+    exit_status = 1
 
     def __init__(self, what: str, *, hint: str = "") -> None:
         super().__init__(what)
@@ -94,19 +96,29 @@ class TaskGone(TorporError):
     status = _errno.ESRCH
 
 
+class ActionFailed(TorporError):
+    """What the caller wanted done at a moment of the operation, ``action``, could not be done."""
+
+    def __init__(self, action: str, why: str, exit_status: int = 1) -> None:
+        super().__init__(f"action {action}: {why}")
+        self.action = action
+        self.exit_status = exit_status
+
+
 class UsageError(TorporError):
     """The request itself is wrong: an option, a combination, a target."""
 
 
 class doing:
-    """Say what is being done: an error that passes through gets it as context.
+    """Say what is being done: an error that passes through gets it as context. ``what`` may be a function that says
+    it then, for loops.
 
     An OSError that is not ours is turned into a :class:`KernelError` on the way, so that nothing above sees a bare one.
     """
 
     __slots__ = ("what",)
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str | Callable[[], str]) -> None:
         self.what = what
 
     def __enter__(self) -> None:
@@ -117,10 +129,11 @@ class doing:
     ) -> None:
         if error is None:
             return
+        what = self.what if isinstance(self.what, str) else self.what()
         if isinstance(error, TorporError):
-            error.context.insert(0, self.what)
+            error.context.insert(0, what)
         elif isinstance(error, OSError) and error.errno is not None:
             path = f"`{os.fsdecode(error.filename)}`" if error.filename is not None else "system call"
             wrapped = KernelError(path, error.errno)
-            wrapped.context.insert(0, self.what)
+            wrapped.context.insert(0, what)
             raise wrapped from error

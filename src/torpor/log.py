@@ -22,6 +22,38 @@ def open_log(fd: int, level: int = WARNING) -> None:
     _fd, _level, _start = fd, level, time.monotonic()
 
 
+def descriptor() -> int:
+    """Where lines go; -1: nowhere."""
+    return _fd
+
+
+def keep_for_long() -> int:
+    """For a process that outlives the operation: the descriptor that the log still goes to.
+
+    It is a file's. Whoever reads a pipe would wait for its end, so from now on the system's log gets what would go
+    there.
+    """
+    global _fd
+    import stat
+
+    if _fd >= 0 and not stat.S_ISREG(os.fstat(_fd).st_mode):
+        _fd = _system_log()
+    return _fd
+
+
+def _system_log() -> int:
+    """A socket to syslogd (RFC 3164), -1 if there is none."""
+    import _socket
+
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+    try:
+        sock.connect("/dev/log")
+    except OSError:
+        sock.close()
+        return -1
+    return sock.detach()
+
+
 def enabled(level: int) -> bool:
     """Would a line of this level be written? Ask before an expensive message is made."""
     return _fd >= 0 and level <= _level

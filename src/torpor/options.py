@@ -19,6 +19,7 @@ from .errors import UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import Any
 
 # What the grammar accepts and the engine does not do yet. Asking for one of these is an error that
 # says so; nothing that changes the result is ignored in silence. An option may be missing in one
@@ -29,7 +30,7 @@ VERBS_NOT_YET = frozenset((
     "cpuinfo check",
 ))  # fmt: skip
 OPTIONS_NOT_YET = frozenset((
-    "action_script", "auto_dedup", "empty_ns", "freeze_cgroup", "join_ns", "lazy_pages",
+    "auto_dedup", "empty_ns", "freeze_cgroup", "lazy_pages",
     "lsm_mount_context", "lsm_profile", "page_server", "prev_images_dir", "restore leave_stopped",
     "stream", "tls", "track_mem",
 ))  # fmt: skip
@@ -37,6 +38,9 @@ OPTIONS_NOT_YET = frozenset((
 # Bits of cpu_cap, as in RPC field 20.
 CPU_CAP_FPU, CPU_CAP_CPU, CPU_CAP_INS, CPU_CAP_IMAGE = 1, 2, 4, 8
 CPU_CAP_ALL = CPU_CAP_FPU | CPU_CAP_CPU | CPU_CAP_INS
+
+# Bytes that a woken program can be given: what a guest page has room for (model/guest_page.py).
+ARGUMENT_BYTES = 3072
 
 CGROUP_MODES = ("none", "props", "soft", "full", "strict", "ignore")
 JOINABLE_NAMESPACES = ("ipc", "mnt", "net", "time", "user", "uts")
@@ -73,6 +77,7 @@ class Options:
     leave_stopped = False
     restore_detached = False
     restore_sibling = False
+    own_pids = False  # ours: into a pid namespace of its own, with an init and a /proc
     exec_cmd: tuple[str, ...] = ()
     # files, terminals, devices
     shell_job = False
@@ -92,6 +97,7 @@ class Options:
     skip_in_flight = False
     network_lock = "iptables"  # or "nftables", "skip"
     ext_unix_sk = False
+    remap_address: tuple[str, ...] = ()  # OLD=NEW, see resources/inet_remap.py, unix_remap.py
     # external resources
     external: tuple[str, ...] = ()  # TYPE[ID] or TYPE[ID]:VALUE
     ext_mount_auto = False
@@ -105,6 +111,10 @@ class Options:
     skip_mnt: tuple[str, ...] = ()
     enable_fs: tuple[str, ...] = ()  # names of file systems, or "all"
     mntns_compat_mode = False
+    overlay: tuple[str, ...] = ()  # ours: directories, see engine/overlays.py
+    overlay_upper = ""
+    overlay_size = 0  # bytes of the tmpfs; 0: what the kernel gives one
+    overlay_keep = False
     weak_sysctls = False
     # control groups
     manage_cgroups = "soft"  # one of CGROUP_MODES
@@ -127,7 +137,19 @@ class Options:
     pre_dump_mode = "splice"  # or "read"
     lazy_pages = False
     stream = False
+    map = False  # ours: memory is brought in from the images once the tasks run
+    map_lazy = False  # ours: with map, only what is touched
     share_pages = True  # ours: pages that tasks share copy-on-write are stored once
+    precopy = True  # ours: with leave_running, large memory is copied before the tasks are stopped
+    # ours: secrets and programs that know of snapshots
+    guest = True  # tell them before a dump, and wait for them
+    guest_timeout = 10  # seconds; 0 waits for ever
+    argument = b""  # what the woken programs are given
+    fresh = False  # memory that fork(2) wipes, and droppable memory, come up empty
+    new_generation = True  # off: the woken programs do not learn that they are copies
+    audit = False
+    strict = False
+    allow_shared: tuple[str, ...] = ()
     # servers
     page_server = False
     address = ""
@@ -142,6 +164,7 @@ class Options:
     tls_no_cn_verify = False
     # scripts and plugins
     action_script: tuple[str, ...] = ()
+    notify: Callable[[Any], object] | None = None  # library and RPC: told of the same moments (engine/hooks.py)
     libdir = ""
     timeout = 10  # seconds; 0 waits for ever
     # check
@@ -239,9 +262,18 @@ class Options:
             raise UsageError("which process? no pid was given", hint="--tree PID")
         if verb == "pre-dump" and self.lazy_pages:
             raise UsageError("--lazy-pages does not go with pre-dump")
+        if len(self.argument) > ARGUMENT_BYTES:
+            raise UsageError(
+                f"--argument: {len(self.argument)} bytes, at most {ARGUMENT_BYTES} are handed over",
+                hint="hand over the name of a file",
+            )
+        if self.map_lazy and not self.map:
+            raise UsageError("--map-lazy only makes sense together with --map")
         for kind, _, _ in self.join_ns:
             if kind in self.empty_ns:
                 raise UsageError(f"--join-ns {kind} and --empty-ns {kind} contradict each other")
+            if kind != "net" and verb == "restore":
+                raise UsageError(f"restore --join-ns {kind} is not implemented yet")
         if verb == "page-server" and self.restore_detached and 0 <= self.ps_socket <= 2:
             raise UsageError("--ps-socket is a standard descriptor, and --daemon closes those")
 
@@ -289,7 +321,13 @@ class Option:
         return "*" in self.verbs or verb in self.verbs
 
 
-OURS = frozenset(("explain", "json", "share-pages"))
+OURS = frozenset((
+    "allow-shared", "argument", "audit", "explain", "fresh", "guest", "guest-timeout", "json", "map",
+    "map-lazy", "new-generation", "overlay", "overlay-keep", "overlay-size", "overlay-upper", "own-pids", "precopy",
+    "remap-address", "share-pages", "strict",
+))  # fmt: skip
+#: Those that the criu command takes as well.
+OURS_IN_CRIU = frozenset(("guest", "guest-timeout", "precopy", "remap-address", "share-pages"))
 
 _D, _R, _SRV = "dump pre-dump", "restore", "page-server service lazy-pages"
 _DR, _NET = f"{_D} {_R}", f"{_D} {_R} {_SRV}"
@@ -313,6 +351,8 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
            "return once the tasks run; do not wait for them"),
         _O("restore-sibling", "S", "", "restore_sibling", "switch", "rst_sibling", _R,
            "make the root task a sibling of this command, with -d"),
+        _O("own-pids", "", "", "own_pids", "switch", "", _R,
+           "into a pid namespace of its own: any number of times at once"),
         _O("exec-cmd", "", "", "", "flag", "exec_cmd", _R,
            "become the command after `--` once restored: it is the parent"),
         _O("pidfile", "", "FILE", "pidfile", "text", "", "restore page-server service",
@@ -351,6 +391,8 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
            "leave out connections still being set up"),
         _O("network-lock", "", "iptables|nftables|skip", "network_lock", "network_lock",
            "network_lock", _D, "how to hold back packets meanwhile"),
+        _O("remap-address", "", "OLD=NEW", "remap_address", "remap_address", "", _R,
+           "sockets at ADDRESS[:PORT], :PORT, PATH or @NAME OLD come up at NEW"),
         _O("ext-unix-sk", "x", "[INODE,...]", "ext_unix_sk", "ext_unix_sk", "ext_unix_sk", _DR,
            "unix sockets may have their peer outside"),
     )),
@@ -370,11 +412,21 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
         _O("", "", "", "ext_mount_auto", "flag", "auto_ext_mnt", _DR,
            "find external mounts by looking"),
     )),
+    ("Files of a copy's own", (
+        _O("overlay", "", "DIR", "overlay", "append", "", _R,
+           "what it writes in DIR is for it alone, with --own-pids; repeatable"),
+        _O("overlay-upper", "", "PATH", "overlay_upper", "text", "", _R,
+           "write to a new folder in PATH, not a tmpfs; removed in the end"),
+        _O("overlay-size", "", "SIZE", "overlay_size", "size", "", _R,
+           "limit of that tmpfs, such as 64M (default: half of the memory)"),
+        _O("overlay-keep", "", "", "overlay_keep", "switch", "", _R,
+           "do not remove the folder in PATH"),
+    )),
     ("Namespaces and mounts", (
         _O("root", "r", "DIR", "root", "text", "root", _DR,
            "root directory of the restored mount namespace"),
         _O("join-ns", "J", "NS:PID|FILE[,UID,GID]", "join_ns", "join_ns", "join_ns", _R,
-           "restore into a namespace that exists"),
+           "restore into a network namespace that exists"),
         _O("empty-ns", "", "net", "empty_ns", "empty_ns", "empty_ns", _DR,
            "make this namespace, but leave it to a script to fill it"),
         _O("skip-mnt", "", "DIR", "skip_mnt", "append", "skip_mnt", _DR,
@@ -417,6 +469,12 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     ("Memory", (
         _O("share-pages", "", "", "share_pages", "switch", "", _D,
            "store what tasks share once (default); CRIU cannot read that"),
+        _O("precopy", "", "", "precopy", "switch", "", _D,
+           "with --leave-running, copy large memory before stopping (default)"),
+        _O("map", "", "", "map", "switch", "", _R,
+           "let tasks run at once; memory comes when touched, then the rest"),
+        _O("map-lazy", "", "", "map_lazy", "switch", "", _R,
+           "with --map: only what is touched, for as long as it takes"),
         _O("track-mem", "", "", "track_mem", "switch", "track_mem", _D,
            "watch which pages change, for the next dump"),
         _O("prev-images-dir", "", "DIR", "prev_images_dir", "text", "parent_img", _D,
@@ -429,6 +487,24 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
            "bring memory in when it is touched"),
         _O("stream", "", "", "stream", "switch", "", _DR,
            "pass images through criu-image-streamer"),
+    )),
+    ("Copies and their secrets", (
+        _O("guest", "", "", "guest", "switch", "", _D,
+           "tell programs that know of snapshots, and wait until they are ready"),
+        _O("guest-timeout", "", "SECONDS", "guest_timeout", "natural", "", _D,
+           "how long to wait for them (default 10; 0: for ever)"),
+        _O("argument", "", "TEXT|-", "argument", "argument", "", _R,
+           "hand this to the woken programs that take it; - reads stdin"),
+        _O("fresh", "", "", "fresh", "switch", "", _R,
+           "memory that is wiped by fork, or droppable, comes up empty"),
+        _O("new-generation", "", "", "new_generation", "switch", "", _R,
+           "give the copy a generation of its own (default)"),
+        _O("audit", "", "", "audit", "switch", "", _R,
+           "say what copies of this snapshot share, and restore nothing"),
+        _O("strict", "", "", "strict", "switch", "", _R,
+           "refuse if copies would share a secret that nobody renews"),
+        _O("allow-shared", "", "WHAT", "allow_shared", "append", "", _R,
+           "accept that they share this, as --audit calls it"),
     )),
     ("Servers", (
         _O("page-server", "", "", "page_server", "switch", "ps", _D,
@@ -458,7 +534,7 @@ GROUPS: tuple[tuple[str, tuple[Option, ...]], ...] = (
     )),
     ("Scripts, plugins, limits", (
         _O("action-script", "", "FILE", "action_script", "append", "", _DR,
-           "run this at each stage"),
+           "run this at each stage, told of it by $CRTOOLS_SCRIPT_ACTION"),
         _O("libdir", "L", "DIR", "libdir", "text", "", _DR,
            "where plugins are (default $CRIU_LIBS_DIR, /usr/lib/criu)"),
         _O("timeout", "", "SECONDS", "timeout", "natural", "timeout", _D,

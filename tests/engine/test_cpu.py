@@ -254,6 +254,52 @@ def test_restartable_sequences(survives: Survives) -> None:
     survives(RSEQ)
 
 
+IN_SEQUENCE = """
+#include <linux/rseq.h>
+
+static struct rseq area __attribute__((aligned(32)));
+static struct rseq_cs section __attribute__((aligned(32)));
+static volatile int go __attribute__((used));
+extern char begin[], end[], aborted[];
+
+/* Stays in a sequence until it is told to go: whatever interrupts it sends it back to its beginning. */
+static void *spinner(void *arg)
+{
+	section.start_ip = (unsigned long)begin;
+	section.post_commit_offset = end - begin;
+	section.abort_ip = (unsigned long)aborted;
+	MUST(syscall(SYS_rseq, &area, sizeof(area), 0, 0x53053053));
+	tell("spinning", "");
+	asm volatile(".globl begin, end, aborted\\n"
+		     "begin: movq %1, %0\\n 1: cmpl $0, go(%%rip)\\n je 1b\\n end: jmp 2f\\n"
+		     ".long 0x53053053\\n aborted: jmp begin\\n 2: movq $0, %0\\n"
+		     : "=m"(area.rseq_cs) : "r"(&section) : "memory", "cc");
+	return arg;
+}
+
+int main(void)
+{
+	pthread_t id;
+
+	CHECK(pthread_create(&id, NULL, spinner, NULL) == 0);
+	wait_told("spinning");
+	while (!*(volatile uint64_t *)&area.rseq_cs)
+		usleep(1000);
+	ready();
+	wait_told("go");
+	while (!*(volatile uint64_t *)&area.rseq_cs)  /* the kernel no longer takes it to be in the sequence: is it? */
+		usleep(1000);
+	go = 1;
+	pthread_join(id, NULL);
+	pass();
+}
+"""
+
+
+def test_a_thread_in_a_restartable_sequence_begins_it_again(start: Targets, survives: Survives) -> None:
+    survives(start.c(IN_SEQUENCE, flags=["-static", "-no-pie"], env={"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}))
+
+
 COMPUTING = """
 static volatile int stop;
 

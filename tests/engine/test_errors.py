@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -28,7 +30,12 @@ from kit import (
     wait_until,
 )
 from kit.files import slurp, slurp_text
+from kit.host import stat_fields
+from kit.images import changed
 from kit.verbs import SOURCES
+from torpor.remote import stub
+
+VMA_VVAR = 0x1000
 
 IDLE = 'int main(void) { ready(); wait_told("go"); pass(); }'
 
@@ -82,7 +89,7 @@ except torpor.TorporError as error:
 
 
 def test_dumping_init(images: str) -> None:
-    with pytest.raises(torpor.TorporError, match=r"pid 1|ancestor"):
+    with pytest.raises(torpor.TorporError, match="pid 1 is the init process"):
         torpor.dump(1, images)
 
 
@@ -137,11 +144,11 @@ def test_everything_in_the_way_is_named_at_once(start: Targets, images: str) -> 
         " static unsigned ring[30];"
         " struct perf_event_attr event = {.type = PERF_TYPE_SOFTWARE, .size = sizeof(event),"
         "   .config = PERF_COUNT_SW_CPU_CLOCK};"
-        " MUST(syscall(425, 4, ring));"  # io_uring_setup
+        " MUST(syscall(427, MUST(syscall(425, 4, ring)), 9, NULL, 0));"  # io_uring_setup, IORING_REGISTER_PERSONALITY
         " MUST(syscall(SYS_userfaultfd, O_CLOEXEC));"
         " MUST(syscall(SYS_perf_event_open, &event, 0, -1, -1, 0));"
-        " if (fork() == 0) { MUST(syscall(SYS_userfaultfd, 0)); for (;;) pause(); }"
-        ' usleep(20000); ready(); wait_told("go"); pass(); }'
+        ' if (fork() == 0) { MUST(syscall(SYS_userfaultfd, 0)); tell("child", ""); for (;;) pause(); }'
+        ' wait_told("child"); ready(); wait_told("go"); pass(); }'
     )
     before = observe_settled(target.pid)
     with pytest.raises(torpor.Unsupported) as caught:
@@ -157,6 +164,71 @@ def test_everything_in_the_way_is_named_at_once(start: Targets, images: str) -> 
     assert_same(before, observe_tree(target.pid))
     result = run_torpor("check", target.pid)
     assert result.status != 0 and "io_uring" in result.output, result
+    target.go()
+
+
+def test_segments_of_its_own(start: Targets, images: str) -> None:
+    target = start.c(
+        "#include <asm/ldt.h>\n"
+        "int main(void) { struct user_desc entry = {.entry_number = 2, .base_addr = 0x1000, .limit = 9};"
+        " MUST(syscall(SYS_modify_ldt, 1, &entry, sizeof(entry))); ready(); wait_told(\"go\");"
+        ' char text[64]; CHECK_EQ(syscall(SYS_modify_ldt, 0, text, 64), 64); pass(); }'
+    )
+    refused("local descriptor table", target.pid, images)
+    target.go()
+
+
+def test_processes_that_share_their_memory(start: Targets, images: str) -> None:
+    """As between vfork(2) and execve(2)."""
+    target = start.c(
+        "static int child(void *unused) { for (;;) usleep(1000); return 0; }"
+        " int main(void) { static char stack[1 << 16] __attribute__((aligned(16)));"
+        " MUST(clone(child, stack + sizeof(stack), CLONE_VM | SIGCHLD, NULL));"
+        ' ready(); wait_told("go"); pass(); }'
+    )
+    refused("different processes that share their memory", target.pid, images)
+    target.go()
+
+
+UNSHARED = """
+static void *thread(void *arg)
+{
+	MUST(unshare(WHAT));
+	tell("thread", "");
+	wait_told("go");
+	return arg;
+}
+
+int main(void)
+{
+	pthread_t id;
+
+	CHECK(pthread_create(&id, NULL, thread, NULL) == 0);
+	wait_told("thread");
+	ready();
+	wait_told("go");
+	pthread_join(id, NULL);
+	pass();
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("CLONE_FILES", ["descriptor table"]), ("CLONE_FS", ["root and working directory"]),
+        ("CLONE_NEWNS", ["root and working directory"]), ("CLONE_NEWNET", ["network namespace"]),
+        ("CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP", ["host name namespace", "IPC namespace", "cgroup namespace"]),
+    ],
+)  # fmt: skip
+def test_what_a_thread_has_for_itself_is_refused(start: Targets, images: str, what: str, names: list[str]) -> None:
+    target = start.c(UNSHARED.replace("WHAT", what))
+    (thread,) = (tid for tid in map(int, os.listdir(f"/proc/{target.pid}/task")) if tid != target.pid)
+    with pytest.raises(torpor.Unsupported) as caught:
+        torpor.dump(target.pid, images)
+    for name in names:
+        assert re.search(rf"task {target.pid}: its thread {thread} .*{name} of its own", str(caught.value)), caught.value
+    assert not os.listdir(images)
     target.go()
 
 
@@ -276,15 +348,60 @@ def not_restored(words: str, images: str) -> torpor.TorporError:
     return caught.value
 
 
-def test_a_pid_that_is_taken(start: Targets, images: str) -> None:
+def refused_beforehand(words: str, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The restore is refused before it makes any process."""
+
+    def launch(*_: object, **__: object) -> None:
+        raise AssertionError("a process is made")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stub, "launch", launch)
+        with pytest.raises(torpor.Unsupported, match=words):
+            torpor.restore(images)
+
+
+def test_a_pid_that_is_taken(start: Targets, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before anything is created."""
     target = start.c(IDLE)
     torpor.dump(target.pid, images, leave_running=True)
+    refused_beforehand(f"{target.pid} is in use", images, monkeypatch)
     error = not_restored(str(target.pid), images)
     assert "taken" in str(error) or "in use" in str(error) or "exists" in str(error), error
     target.go()
 
 
-def test_a_tid_that_is_taken(start: Targets, images: str) -> None:
+def test_a_pid_of_a_child_that_nobody_has_waited_for(dead: Target, images: str) -> None:
+    """A restore waits for its parent, a moment; and it says so."""
+    zombie = _process_with_pid(dead.pid)
+    os.kill(zombie, signal.SIGKILL)
+    wait_until("it has ended", lambda: _state(zombie) == "Z")
+    not_restored(f"its parent {os.getpid()} has not waited for it", images)
+    parent = threading.Timer(0.5, os.waitpid, (zombie, 0))
+    parent.start()
+    run_torpor("restore", images, "-d").must()
+    parent.join()
+    dead.go()
+
+
+def _state(pid: int) -> str | None:
+    fields = stat_fields(pid)
+    return fields and fields[2]
+
+
+def test_registers_that_this_cpu_does_not_have(dead: Target, images: str) -> None:
+    with changed(images, f"core-{dead.pid}") as core:
+        core.thread_info.fpregs.xsave.xstate_bv |= 1 << 62  # the last component, which no processor has yet
+    not_restored("does not have: XSAVE component 62", images)
+
+
+def test_the_vdso_of_another_kernel(dead: Target, images: str) -> None:
+    with changed(images, f"mm-{dead.pid}") as mm:
+        first = next(entry for entry in mm.vmas if entry.status & VMA_VVAR)
+        first.start += 4096  # as on a kernel with fewer pages of data there
+    not_restored("another vDSO", images)
+
+
+def test_a_tid_that_is_taken(start: Targets, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before anything is created."""
     target = start.c(
         "static void *idle(void *a) { for (;;) pause(); return a; }"
@@ -296,6 +413,7 @@ def test_a_tid_that_is_taken(start: Targets, images: str) -> None:
     target.wait_gone()
     squatter = _process_with_pid(tid)
     try:
+        refused_beforehand(f"{tid} is in use", images, monkeypatch)
         not_restored(str(tid), images)
     finally:
         os.kill(squatter, signal.SIGKILL)
@@ -306,17 +424,18 @@ def test_a_tid_that_is_taken(start: Targets, images: str) -> None:
 
 def _process_with_pid(wanted: int) -> int:
     """A sleeping child with this pid."""
-    fd = os.open("/proc/sys/kernel/ns_last_pid", os.O_WRONLY)
-    try:
-        os.write(fd, str(wanted - 1).encode())
+    for _ in range(100):  # whoever forks in the same moment may get it
+        with open("/proc/sys/kernel/ns_last_pid", "wb", buffering=0) as file:
+            file.write(str(wanted - 1).encode())
         pid = os.fork()
         if pid == 0:
             while True:
                 signal.pause()
-    finally:
-        os.close(fd)
-    assert pid == wanted
-    return pid
+        if pid == wanted:
+            return pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    raise AssertionError(f"process id {wanted} cannot be had")
 
 
 def test_no_images_at_all(images: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
+import torpor
 from kit import Targets
+from torpor.errors import KernelError
+from torpor.resources.files import tty
 
 from .conftest import Survives
 
@@ -253,6 +257,59 @@ def test_deleted_files_with_holes_without_names_and_folders(survives: Survives) 
     survives(SPARSE_GHOST, options={"ghost_limit": 1 << 31}, ignore=("*/fds/[456]/link", "*/fds/4/flags"))
 
 
+ATTRIBUTES = """
+#include <linux/capability.h>
+#include <sys/xattr.h>
+
+static struct vfs_cap_data capabilities = {VFS_CAP_REVISION_2, {{1 << CAP_KILL, 0}}};
+
+/* Sets some attributes, as many as the file system has. */
+static unsigned set(int fd)
+{
+	unsigned known = fsetxattr(fd, "user.of the user", "va\\0lue", 6, 0) == 0;
+
+	return known | (fsetxattr(fd, "security.capability", &capabilities, XATTR_CAPS_SZ_2, 0) == 0) << 1;
+}
+
+static void check(int fd, unsigned known)
+{
+	char text[100];
+
+	if (known & 1)
+		CHECK(fgetxattr(fd, "user.of the user", text, 100) == 6 && memcmp(text, "va\\0lue", 6) == 0);
+	if (known & 2)
+		CHECK(fgetxattr(fd, "security.capability", text, 100) == XATTR_CAPS_SZ_2 &&
+		      memcmp(text, &capabilities, XATTR_CAPS_SZ_2) == 0);
+	CHECK(known || flistxattr(fd, text, 100) <= 0);
+}
+
+int main(void)
+{
+	int ghost = MUST(open("ghost", O_CREAT | O_RDWR, 0700)), memory = MUST(memfd_create("memory", 0)), folder;
+	unsigned known[3];
+
+	MUST(mkdir("gone", 0700));
+	folder = MUST(open("gone", O_RDONLY | O_DIRECTORY));
+	MUST(fchown(ghost, 1000, 1000));  /* which takes capabilities away */
+	known[0] = set(ghost);
+	known[1] = set(memory);
+	known[2] = fsetxattr(folder, "user.of the user", "va\\0lue", 6, 0) == 0;
+	MUST(unlink("ghost"));
+	MUST(rmdir("gone"));
+	ready();
+	wait_told("go");
+	check(ghost, known[0]);
+	check(memory, known[1]);
+	check(folder, known[2]);
+	pass();
+}
+"""
+
+
+def test_extended_attributes_of_what_is_carried_along(survives: Survives) -> None:
+    survives(ATTRIBUTES, ignore=("*/fds/[35]/link",))
+
+
 LINKED = """
 int main(void)
 {
@@ -276,6 +333,27 @@ int main(void)
 
 def test_a_deleted_name_of_a_file_that_has_others(survives: Survives) -> None:
     survives(LINKED, options={"link_remap": True}, ignore=("*/fds/3/link", "*/fds/3/links", "*/fds/3/ino"))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["leaves it running", "fails"])
+def test_a_dump_takes_its_links_back(
+    start: Targets, images: str, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    target = start.c(LINKED)
+    before = sorted(os.listdir(target.folder))
+    if not fails:
+        torpor.dump(target.pid, images, link_remap=True, leave_running=True)
+    else:
+
+        def finish(_: object) -> None:
+            assert sorted(os.listdir(target.folder)) != before
+            raise KernelError("read", errno.EIO)
+
+        monkeypatch.setattr(tty, "finish", finish)
+        with pytest.raises(KernelError):
+            torpor.dump(target.pid, images, link_remap=True)
+    assert sorted(os.listdir(target.folder)) == before
+    target.go()
 
 
 FIFO = """

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import torpor
 from kit import Targets, Verbs, round_trip
 
 from .conftest import Survives
@@ -186,11 +187,34 @@ def test_locked_memory(survives: Survives) -> None:
     )
 
 
-def test_all_of_memory_locked_for_the_future(survives: Survives) -> None:
+FUTURE = """
+static UNUSED int locked(const char *place)
+{
+	char line[1000];
+	unsigned long start, end;
+	int here = 0;
+	FILE *file = fopen("/proc/self/smaps", "r");
+
+	while (fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "%lx-%lx", &start, &end) == 2)
+			here = start <= (unsigned long)place && (unsigned long)place < end;
+		else if (here && strncmp(line, "VmFlags:", 8) == 0)
+			return (strstr(line, " lo") != NULL) + (strstr(line, " lf") != NULL);
+	}
+	fail("no such mapping");
+}
+"""
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("0", 1), ("MCL_ONFAULT", 2)], ids=["at once", "on fault"])
+def test_all_of_memory_locked_for_the_future(survives: Survives, flags: str, expected: int) -> None:
     survives(
         program(
-            "MUST(mlockall(MCL_CURRENT | MCL_FUTURE)); char *p = anonymous(3); fill(p, PAGE, 1);",
-            "CHECK(filled(p, PAGE, 1));",
+            f"MUST(mlockall(MCL_CURRENT | MCL_FUTURE | {flags})); char *p = anonymous(3); fill(p, PAGE, 1);"
+            f"int before = locked(p); CHECK(before == {expected} || before == 1);",
+            "CHECK(filled(p, PAGE, 1)); char *later = map(5, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);"
+            "CHECK_EQ(locked(later), before);",
+            FUTURE,
         )
     )
 
@@ -400,6 +424,21 @@ def test_huge_pages_where_there_are_any(survives: Survives) -> None:
     )
 
 
+def test_huge_pages_of_each_size(survives: Survives) -> None:
+    """Without a reservation they can be mapped where none is free; the size shows in smaps."""
+    survives(
+        program(
+            """
+	int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE;
+	char *of_2m = mmap(NULL, 2ul << 30, RW, flags | 21 << 26, -1, 0);
+	char *of_1g = mmap(NULL, 2ul << 30, RW, flags | 30 << 26, -1, 0);""",
+            """
+	CHECK(of_2m == MAP_FAILED || (munmap(of_2m, 2 << 20) == 0 && munmap(of_2m + (2 << 20), 4096) == -1));
+	CHECK(of_1g == MAP_FAILED || (munmap(of_1g, 2 << 20) == -1 && munmap(of_1g, 1 << 30) == 0));""",
+        )
+    )
+
+
 def test_droppable_memory_and_guards(survives: Survives) -> None:
     survives(
         program(
@@ -543,6 +582,14 @@ def test_pages_that_a_family_shares_stay_shared(start: Targets, verbs: Verbs, im
     target.go()
 
 
+def test_a_dump_leaves_pages_shared(start: Targets, images: str) -> None:
+    """Who reads a page by process_vm_readv(2) makes the kernel copy it for whoever it was read from."""
+    target = start.c(program(SHARED_AFTER_FORK, "(void)data;"))
+    before = sum(map(_proportional_kib, target.pids()))
+    torpor.dump(target.pid, images, leave_running=True)
+    assert sum(map(_proportional_kib, target.pids())) < before + 1_000
+
+
 @pytest.mark.parametrize("how", ["truncated", "replaced"])
 def test_a_file_that_has_changed_is_noticed(start: Targets, images: str, criu_cmd: object, how: str) -> None:
     assert callable(criu_cmd)
@@ -591,3 +638,48 @@ int main(void)
 def test_large_memory(survives: Survives) -> None:
     """It is brought in from outside, in large pieces, and not by the task itself."""
     survives(LARGE)
+
+
+GROWN = """
+enum { PAGES = 32 };
+
+static int holds(char *area, int pages, char what)
+{
+	for (int page = 0; page < pages; page++)
+		if (area[page * 4096] != what || area[page * 4096 + 4095] != what)
+			return 0;
+	return 1;
+}
+
+int main(void)
+{
+	char *area = mmap(NULL, 4 * PAGES * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *other = area + 2 * PAGES * 4096;
+	int status;
+	pid_t child;
+
+	CHECK(mmap(area, PAGES * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == area);
+	CHECK(mmap(other, 2 * PAGES * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == other);
+	memset(area, 'a', PAGES * 4096);
+	memset(other, 'b', 2 * PAGES * 4096);
+	child = fork();
+	if (!child) {
+		wait_told("go");
+		exit(holds(area, PAGES, 'a') && holds(other, 2 * PAGES, 'b') ? 42 : 1);
+	}
+	/* One mapping grows, the other shrinks; the child's stay as they were. */
+	CHECK(mmap(area + PAGES * 4096, PAGES * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED);
+	memset(area + PAGES * 4096, 'c', PAGES * 4096);
+	MUST(munmap(other + PAGES * 4096, PAGES * 4096));
+	usleep(20000);
+	ready();
+	wait_told("go");
+	CHECK(holds(area, PAGES, 'a') && holds(area + PAGES * 4096, PAGES, 'c') && holds(other, PAGES, 'b'));
+	CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 42);
+	pass();
+}
+"""
+
+
+def test_mappings_that_have_changed_since_the_fork(survives: Survives) -> None:
+    survives(GROWN)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import struct
+
+from kit import Targets, Verbs, wait_until
+from kit.images import changed
+
 from .conftest import Survives
 
 ACTIONS = """
@@ -121,6 +128,115 @@ int main(void)
 
 def test_what_is_pending_for_the_process_and_for_a_thread(survives: Survives) -> None:
     survives(PENDING)
+
+
+PENDING_TRAPS = """
+#include <sys/signalfd.h>
+
+static pthread_barrier_t barrier;
+static pid_t other;
+static volatile int called;
+
+static void note(int number) { called += number == SIGTRAP; }
+
+static void *thread(void *unused)
+{
+	struct timespec zero = {0, 0};
+	siginfo_t info;
+	sigset_t set;
+
+	other = syscall(SYS_gettid);
+	pthread_barrier_wait(&barrier);
+	wait_told("threads");
+	sigemptyset(&set);
+	sigaddset(&set, SIGTRAP);
+	/* Its own comes first, and one is left: that of the process. */
+	CHECK_EQ(syscall(SYS_rt_sigtimedwait, &set, &info, &zero, 8), SIGTRAP);
+	CHECK(info.si_code == SI_TKILL && info.si_pid == getpid());
+	tell("thread-done", "");
+	for (;;)
+		pause();
+	return unused;
+}
+
+int main(void)
+{
+	struct sigaction action = {.sa_handler = note};
+	union sigval value = {.sival_ptr = (void *)0x123456789abcul};
+	struct signalfd_siginfo info;
+	sigset_t set, pending;
+	pthread_t id;
+	int fd;
+
+	MUST(sigaction(SIGTRAP, &action, NULL));
+	sigemptyset(&set);
+	sigaddset(&set, SIGTRAP);
+	MUST(sigprocmask(SIG_BLOCK, &set, NULL));
+	fd = MUST(signalfd(-1, &set, SFD_NONBLOCK));
+	pthread_barrier_init(&barrier, NULL, 2);
+	CHECK(pthread_create(&id, NULL, thread, NULL) == 0);
+	pthread_barrier_wait(&barrier);
+	MUST(syscall(SYS_tgkill, getpid(), other, SIGTRAP));
+	MUST(sigqueue(getpid(), SIGTRAP, value));
+	ready();
+	wait_told("go");
+	tell("threads", "");
+	wait_told("thread-done");
+	MUST(sigpending(&pending));
+	CHECK(sigismember(&pending, SIGTRAP));
+	CHECK_EQ(read(fd, &info, sizeof(info)), sizeof(info));
+	CHECK(info.ssi_signo == SIGTRAP && info.ssi_code == SI_QUEUE && (int)info.ssi_pid == getpid());
+	CHECK_EQ(info.ssi_ptr, 0x123456789abcul);
+	CHECK(read(fd, &info, sizeof(info)) == -1 && errno == EAGAIN);
+	CHECK_EQ(called, 0);
+	MUST(raise(SIGTRAP));
+	MUST(sigprocmask(SIG_UNBLOCK, &set, NULL));
+	CHECK_EQ(called, 1);
+	pass();
+}
+"""
+
+
+def test_sigtrap_by_which_programs_are_traced_stays_pending(survives: Survives) -> None:
+    """CRIU refuses such a program. One is pending for the process, one for a thread, both with what they carry."""
+    survives(PENDING_TRAPS)
+
+
+ONE_TRAP = """
+int main(void)
+{
+	struct timespec zero = {0, 0};
+	siginfo_t info;
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGTRAP);
+	MUST(sigprocmask(SIG_BLOCK, &set, NULL));
+	MUST(kill(getpid(), SIGTRAP));
+	ready();
+	wait_told("go");
+	CHECK_EQ(syscall(SYS_rt_sigtimedwait, &set, &info, &zero, 8), SIGTRAP);
+	CHECK(info.si_code == SI_USER && info.si_pid == getpid());
+	pass();
+}
+"""
+
+
+def test_a_pending_sigtrap_of_a_single_thread(survives: Survives) -> None:
+    survives(ONE_TRAP)
+
+
+def test_a_sigstop_that_was_on_its_way(start: Targets, library: Verbs, images: str) -> None:
+    """No program can have one pending while it is looked at: it is put into the images."""
+    target = start.c('int main(void) { ready(); wait_told("go"); pass(); }')
+    library.dump(target.pid, images)
+    target.wait_gone()
+    with changed(images, f"core-{target.pid}") as core:
+        core.thread_core.signals_p.signals.add(siginfo=struct.pack("<i", signal.SIGSTOP).ljust(128, b"\0"))
+    library.restore(images)
+    wait_until("it has stopped", lambda: target.state() == "T")
+    os.kill(target.pid, signal.SIGCONT)
+    target.go()
 
 
 STACKS = """

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from kit import Targets
+from kit import Targets, Verbs, round_trip
+from torpor.resources.task import mempolicy
 
 from .conftest import Survives
 
@@ -96,6 +97,8 @@ def test_resource_limits(survives: Survives) -> None:
 
 
 SCHEDULING = """
+#include <sys/personality.h>
+
 static void *thread(void *arg)
 {
 	struct sched_param zero = {0};
@@ -107,9 +110,11 @@ static void *thread(void *arg)
 	MUST(sched_setscheduler(0, SCHED_IDLE, &zero));
 	MUST(syscall(SYS_ioprio_set, 1, 0, (3 << 13) | 0));  /* idle class */
 	MUST(prctl(PR_SET_TIMERSLACK, 123456));
+	personality(ADDR_COMPAT_LAYOUT);
 	tell("thread", "");
 	wait_told("go");
 	CHECK_EQ(sched_getscheduler(0), SCHED_IDLE);
+	CHECK_EQ(personality(0xffffffff), ADDR_COMPAT_LAYOUT);
 	return arg;
 }
 
@@ -129,6 +134,7 @@ int main(void)
 	CHECK_EQ(sched_getscheduler(0), SCHED_BATCH | SCHED_RESET_ON_FORK);
 	CHECK_EQ(getpriority(PRIO_PROCESS, 0), 7);
 	CHECK_EQ(syscall(SYS_ioprio_get, 1, 0), (2 << 13) | 5);
+	CHECK_EQ(personality(0xffffffff), 0);
 	pass();
 }
 """
@@ -166,7 +172,7 @@ PRCTLS = """
 
 int main(void)
 {
-	int fd, asked;
+	int fd, asked, merged, takes_ids;
 	char name[17] = "";
 
 	MUST(prctl(PR_SET_NAME, "a (n)ame) 0 S \\n"));
@@ -176,6 +182,9 @@ int main(void)
 	MUST(prctl(PR_SET_TIMERSLACK, 77777));
 	MUST(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
 	MUST(prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0));
+	takes_ids = prctl(77, 1, 0, 0, 0) == 0;  /* PR_TIMER_CREATE_RESTORE_IDS: from Linux 6.15 on */
+	MUST(syscall(SYS_membarrier, 1 << 4, 0, 0));  /* REGISTER_PRIVATE_EXPEDITED */
+	merged = prctl(67, 1, 0, 0, 0) == 0;  /* PR_SET_MEMORY_MERGE: where there is KSM */
 	MUST(personality(ADDR_COMPAT_LAYOUT | READ_IMPLIES_EXEC));
 	personality(ADDR_COMPAT_LAYOUT);
 	fd = MUST(open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC));
@@ -195,6 +204,11 @@ int main(void)
 	CHECK_EQ(prctl(PR_GET_TIMERSLACK), 77777);
 	CHECK_EQ(prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0), 1);
 	CHECK_EQ(personality(0xffffffff), ADDR_COMPAT_LAYOUT);
+	CHECK_EQ(prctl(PR_MCE_KILL_GET, 0, 0, 0, 0), PR_MCE_KILL_EARLY);
+	if (takes_ids)
+		CHECK_EQ(prctl(77, 2, 0, 0, 0), 1);
+	MUST(syscall(SYS_membarrier, 1 << 3, 0, 0));  /* EPERM for whoever has not registered */
+	CHECK(!merged || prctl(68, 0, 0, 0, 0) == 1);
 	pass();
 }
 """
@@ -202,6 +216,187 @@ int main(void)
 
 def test_prctls_and_what_stands_in_proc(survives: Survives) -> None:
     survives(PRCTLS)
+
+
+NUMA = """
+#define PAGE 4096ul
+enum { INTERLEAVE = 3, LOCAL = 4, BY_ADDRESS = 2 };
+
+static int policy(void *address)
+{
+	unsigned long nodes[16];
+	int mode;
+
+	MUST(syscall(SYS_get_mempolicy, &mode, nodes, 1024, address, address ? BY_ADDRESS : 0));
+	return mode;
+}
+
+int main(void)
+{
+	char *area = mmap(NULL, 8 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *shared = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	unsigned long nodes = 1;
+	int has = access("/sys/devices/system/node", F_OK) == 0, pid, status;
+
+	memset(area, 1, 8 * PAGE);
+	if (has) {
+		MUST(syscall(SYS_mbind, area, 4 * PAGE, INTERLEAVE, &nodes, 65, 0));
+		MUST(syscall(SYS_mbind, shared, PAGE, INTERLEAVE, &nodes, 65, 0));
+	}
+	pid = fork();
+	if (!pid && has)
+		MUST(syscall(SYS_mbind, area, 8 * PAGE, LOCAL, NULL, 0, 0));
+	if (!pid) {
+		MUST(mlock(area + 6 * PAGE, PAGE));
+		tell("child", "");
+		wait_told("go");
+		CHECK(!has || (policy(area) == LOCAL && policy(area + 5 * PAGE) == LOCAL && !policy(NULL)));
+		CHECK(area[0] == 1 && area[7 * PAGE] == 1);
+		_exit(0);
+	}
+	if (has)
+		MUST(syscall(SYS_set_mempolicy, LOCAL, NULL, 0));
+	wait_told("child");
+	ready();
+	wait_told("go");
+	if (has) {
+		CHECK(policy(area) == INTERLEAVE && policy(area + 4 * PAGE) == 0 && policy(NULL) == LOCAL);
+		CHECK(policy(shared) == INTERLEAVE && policy(shared + PAGE) == 0);
+	}
+	CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+	CHECK(area[0] == 1 && area[7 * PAGE] == 1);
+	pass();
+}
+"""
+
+
+def test_numa_policies(start: Targets, library: Verbs, images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Those of mappings are asked for on machines with several nodes only; the kernel knows them on all.
+    monkeypatch.setattr(mempolicy, "has_several_nodes", lambda: True)
+    target = start.c(NUMA)
+    round_trip(library, target, images)
+    target.go()
+
+
+SESSIONS = """
+static void nice_of_session(const char *nice)
+{
+	int fd = open("/proc/self/autogroup", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return;  /* a kernel without it */
+	MUST(write(fd, nice, strlen(nice)));
+	close(fd);
+}
+
+static void check_nice(int expected)
+{
+	FILE *file = fopen("/proc/self/autogroup", "r");
+	char text[100] = "";
+
+	if (file && fgets(text, sizeof(text), file))
+		CHECK_EQ(atoi(strstr(text, " nice ") + 6), expected);
+}
+
+int main(void)
+{
+	int status;
+
+	nice_of_session("7");
+	if (!fork()) {
+		MUST(setsid());
+		nice_of_session("-3");
+		tell("child", "");
+		wait_told("go");
+		check_nice(-3);
+		_exit(0);
+	}
+	if (!fork()) {
+		tell("member", "");
+		wait_told("go");
+		check_nice(7);
+		_exit(0);
+	}
+	wait_told("child");
+	wait_told("member");
+	ready();
+	wait_told("go");
+	check_nice(7);
+	CHECK(wait(&status) > 0 && status == 0);
+	CHECK(wait(&status) > 0 && status == 0);
+	pass();
+}
+"""
+
+
+def test_the_nice_value_of_a_session(survives: Survives) -> None:
+    survives(SESSIONS)
+
+
+LOGIN_UID = """
+static void write_uid(const char *text)
+{
+	int fd = MUST(open("/proc/self/loginuid", O_WRONLY | O_CLOEXEC));
+
+	MUST(write(fd, text, strlen(text)));
+	close(fd);
+}
+
+static void check_uid(const char *expected)
+{
+	char text[20] = "";
+	int fd = MUST(open("/proc/self/loginuid", O_RDONLY | O_CLOEXEC));
+
+	MUST(read(fd, text, sizeof(text) - 1));
+	CHECK(strcmp(text, expected) == 0);
+}
+
+int main(void)
+{
+	const char *names[] = {"unset", "other", "same"};
+	int status;
+
+	if (access("/proc/self/loginuid", F_OK)) {  /* a kernel without it */
+		ready();
+		wait_told("go");
+		pass();
+	}
+	for (int child = 0; child < 2; child++)
+		if (!fork()) {
+			if (child)
+				write_uid("4321");
+			if (!fork()) {
+				tell(names[child], "");
+				wait_told("go");
+				check_uid(child ? "4321" : "4294967295");
+				_exit(0);
+			}
+			CHECK(wait(&status) > 0 && status == 0);
+			check_uid(child ? "4321" : "4294967295");
+			_exit(0);
+		}
+	wait_told("unset");
+	wait_told("other");
+	write_uid("1234");
+	if (!fork()) {
+		tell(names[2], "");
+		wait_told("go");
+		check_uid("1234");
+		_exit(0);
+	}
+	wait_told("same");
+	ready();
+	wait_told("go");
+	check_uid("1234");
+	for (int child = 0; child < 3; child++)
+		CHECK(wait(&status) > 0 && status == 0);
+	pass();
+}
+"""
+
+
+def test_a_login_uid_for_each_task(survives: Survives) -> None:
+    survives(LOGIN_UID)
 
 
 NOT_DUMPABLE = """

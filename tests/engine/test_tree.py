@@ -22,6 +22,7 @@ def survives_or_is_refused(target: Target, verbs: Verbs, images: str, word: str)
 
 
 FAMILY = """
+static const char *names[] = {"session", "group", "member", "plain"};
 static int first;
 
 static void child(int how)
@@ -33,10 +34,15 @@ static void child(int how)
 		MUST(setpgid(0, first));
 		break;
 	}
-	if (how == 0 && fork() == 0) {
-		MUST(setpgid(0, 0));
-		for (;;) pause();
+	if (how == 0) {
+		if (fork() == 0) {
+			MUST(setpgid(0, 0));
+			tell("grandchild", "");
+			for (;;) pause();
+		}
+		wait_told("grandchild");
 	}
+	tell(names[how], "");
 	for (;;) pause();
 }
 
@@ -50,7 +56,7 @@ int main(void)
 			child(how);
 		if (how == 1)
 			first = pid;
-		usleep(30000);
+		wait_told(names[how]);
 	}
 	ready();
 	wait_told("go");
@@ -76,6 +82,7 @@ int main(void)
 {
 	/* The leader of the group and the leader of the session are gone; their members live on. */
 	int leader = fork(), status;
+	siginfo_t info;
 
 	if (leader == 0) {
 		MUST(setsid());
@@ -84,11 +91,9 @@ int main(void)
 			if (fork() == 0) {
 				for (;;) pause();
 			}
-			tell("member", "");
 			_exit(0);
 		}
-		wait_told("member");
-		usleep(20000);
+		MUST(waitid(P_ALL, 0, &info, WEXITED | WNOWAIT));
 		_exit(0);
 	}
 	MUST(prctl(PR_SET_CHILD_SUBREAPER, 1));
@@ -110,17 +115,20 @@ DEAD = """
 int main(void)
 {
 	int exited = fork(), killed, status;
+	siginfo_t info;
 
 	if (exited == 0)
 		_exit(42);
 	killed = fork();
 	if (killed == 0) {
 		prctl(PR_SET_NAME, "victim");
+		tell("victim", "");
 		for (;;) pause();
 	}
-	usleep(20000);
+	wait_told("victim");
 	MUST(kill(killed, SIGUSR1));
-	usleep(20000);
+	MUST(waitid(P_PID, exited, &info, WEXITED | WNOWAIT));
+	MUST(waitid(P_PID, killed, &info, WEXITED | WNOWAIT));
 	ready();
 	wait_told("go");
 	CHECK_EQ(waitpid(exited, &status, 0), exited);
@@ -160,6 +168,38 @@ int main(void)
 
 def test_a_stopped_child_stays_stopped(survives: Survives) -> None:
     survives(STOPPED)
+
+
+TOLD_OF_STOP = """
+int main(void)
+{
+	struct timespec none = {0, 0}, long_enough = {10, 0};
+	sigset_t set;
+	int pid, status;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	MUST(sigprocmask(SIG_BLOCK, &set, NULL));
+	pid = fork();
+	if (pid == 0) {
+		raise(SIGSTOP);
+		_exit(7);
+	}
+	CHECK_EQ(sigtimedwait(&set, NULL, &long_enough), SIGCHLD);
+	CHECK_EQ(waitpid(pid, &status, WUNTRACED), pid);
+	ready();
+	wait_told("go");
+	CHECK(sigtimedwait(&set, NULL, &none) == -1 && errno == EAGAIN);  /* that stop is old news */
+	MUST(kill(pid, SIGCONT));
+	CHECK_EQ(sigtimedwait(&set, NULL, &long_enough), SIGCHLD);
+	CHECK_EQ(waitpid(pid, &status, 0), pid);
+	pass();
+}
+"""
+
+
+def test_a_parent_is_not_told_again_of_a_stop(survives: Survives) -> None:
+    survives(TOLD_OF_STOP)
 
 
 def test_a_stopped_root(start: Targets, verbs: Verbs, images: str) -> None:
@@ -270,7 +310,6 @@ def test_threads_with_names_numbers_and_storage_of_their_own(survives: Survives)
 DEAD_LEADER = """
 static void *thread(void *arg)
 {
-	usleep(30000);
 	ready();
 	wait_told("go");
 	pass();
@@ -290,6 +329,7 @@ int main(void)
 def test_a_process_whose_first_thread_has_ended(start: Targets, verbs: Verbs, images: str) -> None:
     target = start.c(DEAD_LEADER, wait=False)
     wait_until("it is ready", lambda: os.path.exists(target.path("ready")))
+    wait_until("its first thread has ended", lambda: target.state() == "Z")
     before = len(os.listdir(f"/proc/{target.pid}/task"))
     try:
         verbs.dump(target.pid, images, leave_running=True)
@@ -344,6 +384,44 @@ int main(void)
 	pass();
 }
 """
+
+
+STRANGER = """
+int main(void)
+{
+	char byte, *memory = malloc(4096);
+	int reader[2], status, child;
+
+	fill(memory, 4096, 9);
+	MUST(pipe2(reader, O_CLOEXEC));
+	if ((child = fork()) == 0) {
+		/* It shares pages with its parent, and has a child that shares none with anybody. */
+		int grandchild = fork();
+
+		if (grandchild == 0) {
+			execlp("sleep", "sleep", "1000", NULL);
+			_exit(1);
+		}
+		close(reader[1]);
+		wait_told("go");
+		kill(grandchild, SIGTERM);
+		_exit(waitpid(grandchild, &status, 0) == grandchild && WTERMSIG(status) == SIGTERM &&
+		      filled(memory, 4096, 9) ? 0 : 1);
+	}
+	close(reader[1]);
+	CHECK_EQ(read(reader[0], &byte, 1), 0);  /* executed */
+	ready();
+	wait_told("go");
+	CHECK_EQ(MUST(waitpid(child, &status, 0)), child);
+	CHECK_EQ(status, 0);
+	pass();
+}
+"""
+
+
+def test_a_stranger_born_of_an_heir(survives: Survives) -> None:
+    survives(STRANGER)
+
 
 
 def test_a_hundred_children(survives: Survives) -> None:

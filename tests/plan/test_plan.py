@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torpor.engine import dump_memory, plan, restore_memory
-from torpor.engine.restore import others, ranges
+from torpor.engine import dump_memory, plan
+from torpor.engine.programs import others, ranges
+from torpor.engine.spans import minus
 from torpor.errors import ImageError, Unsupported
 from torpor.images import schema as pb
 from torpor.model.snapshot import RestoredTask, Snapshot
@@ -71,6 +72,51 @@ def test_a_session_outside_needs_shell_job() -> None:
     assert plan.add_helpers(tree((9, 0, 5, 3), (10, 9, 5, 3)), shell_job=True) == []
 
 
+def nested(*rows: tuple[int, int, tuple[int, ...], tuple[int, ...]]) -> Snapshot:
+    """A snapshot of (pid, parent, its numbers, the namespaces), all in the session and group of the root."""
+    root = rows[0][0]
+    snapshot = tree(*((pid, parent, root, root) for pid, parent, _, _ in rows))
+    for pid, _, numbers, spaces in rows:
+        task = snapshot.tasks[pid]
+        task.numbers, task.spaces = numbers, spaces
+        task.groups = task.sessions = (root, *(0 for _ in numbers[1:]))
+    return snapshot
+
+
+def test_children_in_a_pid_namespace_are_born_last_its_init_first() -> None:
+    snapshot = nested((5, 0, (5,), (1,)), (6, 5, (6, 2), (1, 9)), (7, 5, (7, 1), (1, 9)), (8, 5, (8,), (1,)))
+    snapshot.root.children_space = 9
+    plan.check_spaces(snapshot)
+    assert names(snapshot.root) == ["setsid", ("fork", 8), "unshare", ("fork", 7), ("fork", 6), "memory"]
+
+
+def test_an_init_that_was_cloned_into_its_namespace() -> None:
+    snapshot = nested((5, 0, (5,), (1,)), (6, 5, (6, 1), (1, 9)), (7, 6, (7, 2), (1, 9)))
+    plan.check_spaces(snapshot)
+    assert names(snapshot.root) == ["setsid", ("fork", 6), "memory"]
+
+
+def test_pid_namespaces_that_cannot_be_come_into_are_refused() -> None:
+    entered = nested((5, 0, (5,), (1,)), (6, 5, (6, 2), (1, 9)))
+    with pytest.raises(Unsupported, match=r"task 6: .* whose init is not a child of the same parent"):
+        plan.check_spaces(entered)
+    elsewhere = nested((5, 0, (5,), (1,)))
+    elsewhere.root.children_space = 9
+    with pytest.raises(Unsupported, match="task 5: the children it will have"):
+        plan.check_spaces(elsewhere)
+    deep = nested((5, 0, (5,), (1,)), (6, 5, (6, 2, 1), (1, 9, 10)))
+    with pytest.raises(Unsupported, match="task 6: its pid namespace is not the one"):
+        plan.check_spaces(deep)
+
+
+def test_a_group_outside_of_the_namespace_has_to_be_inherited() -> None:
+    snapshot = nested((5, 0, (5,), (1,)), (6, 5, (6, 1), (1, 9)), (7, 5, (7,), (1,)))
+    snapshot.tasks[7].group, snapshot.tasks[7].groups = 7, (7,)
+    snapshot.tasks[6].group, snapshot.tasks[6].groups = 7, (7, 0)
+    with pytest.raises(Unsupported, match="process group 7 is outside of its pid namespace"):
+        plan.check_spaces(snapshot)
+
+
 SPANS = st.lists(st.tuples(st.integers(0, 1 << 35), st.integers(1, 1 << 22)), max_size=20).map(
     lambda pairs: [(start * PAGE, (start + length) * PAGE) for start, length in pairs]
 )
@@ -122,7 +168,7 @@ def test_clip_takes_some_whole(runs: list[tuple[int, int]], spans: list[tuple[in
 @given(RUNS, RUNS)
 def test_minus(spans: list[tuple[int, int]], taken: list[tuple[int, int]]) -> None:
     some, less = apart(spans), apart(taken)
-    assert pages(restore_memory._minus(some, less)) == pages(some) - pages(less)
+    assert pages(minus(some, less)) == pages(some) - pages(less)
 
 
 @given(st.sets(st.integers(0, 300)))

@@ -10,7 +10,7 @@ from ..linux import kerndat, kernel
 from ..linux.call import try_call
 from ..proc import status as proc_status
 from ..proc.read import read
-from ..resources import inet_probe
+from ..resources import inet_probe, tun_link
 from . import preflight
 
 TYPE_CHECKING = False
@@ -138,4 +138,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "sockopt_buf_lock": inet_probe.buffer_lock,
     "network_lock_nftables": inet_probe.nftables_lock,
     "has_ipt_legacy": inet_probe.iptables,
+    "tun": tun_link.possible,
+    "cgroupns": _exists("/proc/self/ns/cgroup"),
+    "external_net_ns": _exists("/proc/self/ns/net"),
 }

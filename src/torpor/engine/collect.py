@@ -15,14 +15,16 @@ from ..proc import smaps as proc_smaps
 from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import numbers, read
+from ..remote.guest import Guest
 from ..remote.tracee import Seized, Stop
 from ..resources.task import rseq
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
+PF_IO_WORKER = 0x10  # include/linux/sched.h
 SHARED_KINDS = {"vm": KCMP_VM, "files": KCMP_FILES, "fs": KCMP_FS, "sighand": KCMP_SIGHAND}
 
 
@@ -66,7 +68,8 @@ def freeze(root: int, seized: Seized) -> dict[int, SourceTask]:
     that ends go to another one of the tree.
     """
     tasks: dict[int, SourceTask] = {}
-    _freeze_process(root, 0, tasks, seized)
+    level = level_of(root)
+    _freeze_process(root, 0, tasks, seized, level)
     if root not in tasks:
         raise TaskGone(f"task {root} is gone")
     while True:
@@ -77,7 +80,7 @@ def freeze(root: int, seized: Seized) -> dict[int, SourceTask]:
             for child in children_of(task.pid):
                 if child not in tasks:
                     with doing(f"task {child}"):
-                        _freeze_process(child, task.pid, tasks, seized)
+                        _freeze_process(child, task.pid, tasks, seized, level)
         if len(tasks) == before:
             break
     for task in tasks.values():
@@ -86,22 +89,30 @@ def freeze(root: int, seized: Seized) -> dict[int, SourceTask]:
     return tasks
 
 
-def _freeze_process(pid: int, ppid: int, tasks: dict[int, SourceTask], seized: Seized) -> None:
+def level_of(pid: int) -> int:
+    """How many pid namespaces below ours a process is."""
+    return len(proc_status.parse(read(pid, "status")).NSpid) - 1
+
+
+def _freeze_process(pid: int, ppid: int, tasks: dict[int, SourceTask], seized: Seized, level: int) -> None:
     try:
         stat = proc_stat.parse(read(pid, "stat"))
         if stat.state in "ZX" and stat.num_threads <= 1:
-            tasks[pid] = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")))
+            tasks[pid] = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")), level)
             return
-        while fresh := [tid for tid in numbers(pid, "task") if tid not in seized.stops]:
+        while fresh := [tid for tid in numbers(pid, "task") if tid not in seized.stops and not _is_worker(pid, tid)]:
             if not seized.seize(fresh) and not proc_alive_threads(pid, fresh):
                 break
         tids = [tid for tid in numbers(pid, "task") if tid in seized.stops]
-        if pid not in tids:
+        if tids and pid not in tids:
             raise Unsupported(
                 "its main thread has ended while other threads go on", hint="such a process cannot be restored"
             )
         stat = proc_stat.parse(read(pid, "stat"))
-        task = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")))
+        task = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")), level)
+        if not tids:  # it ended while it was being stopped
+            tasks[pid] = task
+            return
         tids.remove(pid)
         for tid in (pid, *tids):
             task.threads.append(_thread(task, tid, seized))
@@ -112,16 +123,32 @@ def _freeze_process(pid: int, ppid: int, tasks: dict[int, SourceTask], seized: S
         # It ended in the meantime: a zombie now, or gone altogether.
         try:
             stat = proc_stat.parse(read(pid, "stat"))
-            tasks[pid] = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")))
+            tasks[pid] = SourceTask(pid, ppid, stat, proc_status.parse(read(pid, "status")), level)
         except TaskGone:
             log.debug(f"task {pid} ended while the tree was being stopped")
 
 
-def running(pid: int, ppid: int) -> SourceTask:
+def _is_worker(pid: int, tid: int) -> bool:
+    """Is it a thread that the kernel has made in the process for io_uring? It never runs the program.
+
+    Traced and stopped, it would leave requests undone. Its name says it first, for it is cheaper to read than its
+    flags.
+    """
+    if tid == pid:
+        return False
+    try:
+        if not read(pid, f"task/{tid}/comm").startswith(b"iou-"):
+            return False
+        return bool(proc_stat.parse(read(pid, f"task/{tid}/stat")).flags & PF_IO_WORKER)
+    except (TaskGone, FileNotFoundError):
+        return False
+
+
+def running(pid: int, ppid: int, level: int = -1) -> SourceTask:
     """A task that was not stopped, as far as it can be seen so: without registers and signal masks."""
     stat, status = proc_stat.parse(read(pid, "stat")), proc_status.parse(read(pid, "status"))
-    task = SourceTask(pid, ppid, stat, status)
-    tids = numbers(pid, "task")
+    task = SourceTask(pid, ppid, stat, status, level)
+    tids = [tid for tid in numbers(pid, "task") if not _is_worker(pid, tid)]
     for tid in sorted(tids, key=lambda tid: tid != pid):
         status = proc_status.parse(read(pid, f"task/{tid}/status"))
         task.threads.append(SourceThread(task, tid, stat, status, Stop(0)))
@@ -191,6 +218,29 @@ def close_handles(task: SourceTask) -> None:
     task.mem_fd = task.pidfd = -1
 
 
+def guest_in(task: SourceTask, seized: Seized) -> Guest:
+    """The place in a stopped task where programs of ours run. Its mappings must be known, and its handles open."""
+    in_use = task.status.SigCgt | task.status.ShdPnd
+    for thread in task.threads:
+        in_use |= thread.status.SigPnd
+    rooms = rooms_for_guest([mapping.vma for mapping in task.mappings])
+    return Guest(task.pid, task.own_pid, task.mem_fd, rooms, in_use, seized)
+
+
+def rooms_for_guest(vmas: Sequence[proc_maps.Vma]) -> list[int]:
+    """The ends of a task's mappings of code, where ours may lie for a moment: the vDSO's first.
+
+    The others are for programs that have unmapped it: the last page of a segment of code is padded with zeros.
+    """
+    vdso = [vma.end for vma in vmas if vma.kind == proc_maps.VDSO]
+    code = [
+        vma.end
+        for vma in vmas
+        if vma.kind == proc_maps.FILE and vma.prot & proc_maps.PROT_EXEC and vma.flags & proc_maps.MAP_PRIVATE
+    ]
+    return vdso + code
+
+
 class KcmpTree:
     """Numbers for kernel objects, equal for the same object: kcmp(2) tells an order, so a search tree finds them."""
 
@@ -201,8 +251,8 @@ class KcmpTree:
         self._new = new
         self._root: list[Any] | None = None
 
-    def number_of(self, item: Any) -> tuple[int, bool]:
-        """(number, is it new) for ``item``."""
+    def number_of(self, item: Any, number: int | None = None) -> tuple[int, bool]:
+        """(number, is it new) for ``item``; a new one gets ``number`` if that is given."""
         node, parent, side = self._root, None, 0
         while node is not None:
             order = self._compare(item, node[0])
@@ -210,7 +260,8 @@ class KcmpTree:
                 return node[1], False
             parent, side = node, 2 if order == 1 else 3
             node = node[side]
-        number = self._new()
+        if number is None:
+            number = self._new()
         fresh: list[Any] = [item, number, None, None]
         if parent is None:
             self._root = fresh

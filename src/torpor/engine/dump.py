@@ -7,28 +7,32 @@ happens.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
 
 from .. import log, resources
+from ..collector import Paused
 from ..errors import KernelError, UsageError, doing
 from ..images import schema as pb
 from ..images.store import ImageWriter
-from ..linux import ptrace
+from ..linux import netns, ptrace
+from ..model.snapshot import INIT_PID
 from ..model.source import Mapping, SourceTask, SourceThread
-from ..proc import maps as proc_maps
 from ..remote.guest import Guest
 from ..remote.program import Program
 from ..remote.tracee import Seized
-from ..resources import cgroups, fs, locks, remap
-from ..resources.base import DumpContext
+from ..resources import cgroups, fs, locks, net_namespace, remap, sysv_ipc
+from ..resources.base import DumpContext, TaskResource
 from ..resources.files import tty
 from ..undo import Undo
-from . import collect, cpu, preflight
-from .collector import Paused
+from . import collect, cpu, guests, paging, pid_settings, pid_spaces, preflight, rest
+from . import home as homes
 from .dump_files import FileDumper
 from .dump_memory import MemoryDumper
+from .hooks import Hooks
+from .precopy import Precopy
 from .restart import Restarts
 
 TYPE_CHECKING = False
@@ -43,17 +47,24 @@ VERSION = "0.1.0"
 TASK_ALIVE, TASK_DEAD, TASK_STOPPED = 1, 2, 3
 MACHINE_X86_64 = 1
 SIGINFO_BYTES = 128
+MEMBERS_TIMEOUT_S = 2.0
+F_GETFD = 1
 
 
 class DumpResult:
-    """What was dumped: counts, bytes of page data, and times in seconds."""
+    """What was dumped: counts (``early_pages``: those of ``pages`` that were copied while the tree ran), and times in
+    seconds.
+    """
 
-    __slots__ = ("files", "frozen_s", "images_dir", "mappings", "pages", "pids", "shared_pages", "threads", "total_s")
+    __slots__ = (
+        "early_pages", "files", "frozen_s", "images_dir", "mappings", "pages", "pids", "shared_pages", "threads",
+        "total_s",
+    )  # fmt: skip
 
     def __init__(self, images_dir: str) -> None:
         self.images_dir = images_dir
         self.pids: list[int] = []
-        self.threads = self.mappings = self.files = self.pages = self.shared_pages = 0
+        self.threads = self.mappings = self.files = self.pages = self.shared_pages = self.early_pages = 0
         self.frozen_s = self.total_s = 0.0
 
 
@@ -61,7 +72,8 @@ def dump(pid: int, options: Options) -> DumpResult:
     """Write a snapshot of the tree of processes below and with ``pid`` to ``options.images_dir``.
 
     The tree is killed afterwards unless ``options.leave_running`` or ``leave_stopped`` is set. Raises TorporError; then
-    the tree runs on as if nothing had been, and no image is left.
+    the tree runs on as if nothing had been, and no image is left (all of them where it was the action "post-dump" that
+    failed: they are complete).
     """
     started = time.monotonic()
     with doing("dump"), Paused():
@@ -74,51 +86,87 @@ def dump(pid: int, options: Options) -> DumpResult:
                 raise UsageError(f"images directory `{options.images_dir}`: {error.strerror}") from None
             undo.add("images directory", lambda: os.close(directory))
             result = DumpResult(options.images_dir)
-            preflight.check_tree(pid, options)
+            hooks = Hooks(options, directory)
+            hooks.run("pre-dump", pid)
+            paging.settle(lambda: collect.look(pid))
+            holders: list[tuple[int, int]] = []
+            hints: dict[Any, Any] = {}
+            found = preflight.blockers(pid, options, thorough=False, guests=holders, hints=hints)
+            if found and not holders:
+                preflight.refuse(found)
             with ImageWriter(directory) as writer:
-                _Dump(pid, options, writer, result).run()
+                _Dump(pid, options, writer, result, hooks, hints).run(holders)
     result.total_s = time.monotonic() - started
     log.info("Dumping finished successfully")
     return result
 
 
 def resources_ready() -> None:
-    """Load every module that a dump may need, while nothing is frozen."""
-    resources.FileKinds()
+    """Load what every dump needs, while nothing is frozen; what this one needs besides, the preflight meets."""
     resources.task_resources()
-    resources.MappingKinds()
 
 
 class _Dump:
     """One dump under way."""
 
-    def __init__(self, pid: int, options: Options, writer: ImageWriter, result: DumpResult) -> None:
+    def __init__(
+        self, pid: int, options: Options, writer: ImageWriter, result: DumpResult, hooks: Hooks, hints: dict[Any, Any]
+    ) -> None:
         self.root = pid
+        self.hooks = hooks
         self.options = options
         self.writer = writer
         self.result = result
         self.seized = Seized(timeout_s=options.timeout or 10.0)
         self.ctx = DumpContext(options, writer)
+        self.ctx.hints = hints
+        self.precopy = Precopy(self.ctx, self.seized.timeout_s)
         self.tasks: dict[int, SourceTask] = {}
         self.kinds = resources.task_resources()
+        self.varying = [kind for kind in self.kinds if type(kind).varies is not TaskResource.varies]
         self.cores: dict[int, Message] = {}
         self.getters: dict[object, tuple[Program, list[tuple[Any, Any]], Any]] = {}
         self.mappings: dict[object, list[Mapping]] = {}
         self.reported_stops: set[int] = set()
         self.restarts = Restarts()
         self.unread = tty.Unread(None)
+        self.visit: netns.Visit
+        self.levels: dict[int, Message] = {}
 
-    def run(self) -> None:
+    def run(self, holders: list[tuple[int, int]]) -> None:
+        """Dump the tree, from its network namespace. ``holders``: see guests.Guests."""
+        try:
+            if self.options.leave_running and self.options.precopy:
+                self.precopy.run(self.root)
+            with guests.Guests(holders, self.options) as told:
+                if holders:  # what they do to get ready may take something out of the way, or put it there
+                    preflight.check_tree(self.root, self.options)
+                with netns.Visit(netns.of(self.root)) as visit:
+                    self.visit = self.ctx.memo["network namespace"] = visit
+                    self._run(told)
+                told.taken()
+        finally:
+            self.precopy.close()
+
+    def _run(self, told: guests.Guests) -> None:
         done = False
         try:
+            home = homes.find(self.root)
+            if home is not None:
+                home.settle(self.ctx)
             self.restarts.look(collect.look(self.root))
+            fresh = net_namespace.Fresh() if self.visit.elsewhere else None
             self._freeze()
-            self._write()
+            self._write(told, fresh)
+            # Nobody looks at the images while the tree stands still: it need not wait until they are in place.
+            early = self.options.leave_running and not self.hooks
+            if early:
+                self._go_on()
+            self.precopy.complete()
             self.writer.commit()
-            if self.options.leave_running or self.options.leave_stopped:
-                self.unread.put_back()
-                self.ctx.undo.roll_back()
-            self._finish()
+            self._tell("post-dump")
+            if not early:
+                self._go_on()
             self.unread.forget()
             self.ctx.undo.commit()
             done = not self.options.leave_running
@@ -134,6 +182,10 @@ class _Dump:
             self.restarts.close()
             self.ctx.close()
 
+    def _tell(self, moment: str) -> None:
+        with self.visit.away():
+            self.hooks.run(moment, self.root)
+
     def _freeze(self) -> None:
         self.frozen_at = time.monotonic()
         self.tasks = collect.freeze(self.root, self.seized)
@@ -145,34 +197,55 @@ class _Dump:
         threads = sum(len(task.threads) for task in self.tasks.values())
         log.info(f"freeze: {len(self.tasks)} tasks, {threads} threads in {self.freezing_s * 1e3:.1f} ms")
 
-    def _write(self) -> None:
+    def _write(self, told: guests.Guests, fresh: net_namespace.Fresh | None) -> None:
         collect.number_shared(self.tasks)
         preflight.check_frozen(self.tasks)
-        self.memory = MemoryDumper(self.ctx)
+        self.levels = pid_spaces.levels_of(self.tasks, self.ctx.memo.get("home"), self.options.shell_job)
+        told.check_frozen()
+        self.memory = MemoryDumper(self.ctx, self.precopy)
         files = FileDumper(self.ctx)
+        for task in self.tasks.values():
+            if not task.zombie:
+                with doing(f"task {task.pid}"):
+                    collect.open_handles(task)
+                    collect.read_mappings(task, self.mappings)
+        rest.look(self.tasks, self.ctx)
+        for task in self.tasks.values():
+            if not task.zombie:
+                with doing(f"task {task.pid}"):
+                    self._run_getters(task)
+        # From here on nothing runs in any task: what waits in a ring goes on waiting.
+        rest.bring_to_rest(self.tasks, self.ctx, self._guest)
+        if fresh is not None:
+            self.ctx.undo.add("network-unlock", lambda: self._tell("network-unlock"))
+            self._tell("network-lock")
+            net_namespace.dump(self.visit, fresh, self.ctx)
         for task in self.tasks.values():
             with doing(f"task {task.pid}"):
                 self._write_task(task, files)
+        rest.require_stillness(self.ctx)
         files.finish()
         self.unread = tty.finish(self.ctx)
         self.memory.finish()
         locks.finish(self.ctx)
+        sysv_ipc.finish(self.ctx)
         cgroups.finish(self.ctx)
         self._write_tree()
+        home = self.ctx.memo.get("home")
+        mounts = home.propagation() if home is not None and home.is_root else 0
+        pid_settings.dump(self.tasks, self.levels, mounts, self.writer)
         self.result.threads = sum(len(task.threads) for task in self.tasks.values())
         self.result.pids = list(self.tasks)
         self.result.files = files.count
         self.result.mappings = self.memory.mappings
         self.result.pages = self.memory.pages
+        self.result.early_pages = self.precopy.pages
         self.result.shared_pages = self.memory.shared_pages
 
     def _write_task(self, task: SourceTask, files: FileDumper) -> None:
         if task.zombie:
             self._write_zombie(task)
             return
-        collect.open_handles(task)
-        collect.read_mappings(task, self.mappings)
-        self._run_getters(task)
         files.dump_task(task)
         self.writer.write_one(f"fs-{task.vpid}", fs.dump(self.ctx, task))
         self.writer.write_one(f"ids-{task.vpid}", self._ids(task))
@@ -191,11 +264,11 @@ class _Dump:
         pb.put_bytes(core.tc, "comm", task.stat.comm)
         self.writer.write_one(f"core-{task.vpid}", core)
 
+    def _guest(self, task: SourceTask) -> Guest:
+        return collect.guest_in(task, self.seized)
+
     def _run_getters(self, task: SourceTask) -> None:
-        in_use = task.status.SigCgt | task.status.ShdPnd
-        for thread in task.threads:
-            in_use |= thread.status.SigPnd
-        guest = Guest(task.pid, task.vpid, task.mem_fd, rooms_for_guest(task), in_use, self.seized)
+        guest = self._guest(task)
         try:
             for thread in task.threads:
                 with doing(f"thread {thread.tid}"):
@@ -207,11 +280,15 @@ class _Dump:
         task = thread.task
         main = thread.tid == task.pid
         self.restarts.settle(thread)
-        program, asked, brk = self._getters(thread, main)
+        unclear = self._unclear(task) if main else []
+        program, asked, brk = self._getters(thread, main, bool(unclear))
         stops = self._ask_stops(task, program) if main else []
-        run = guest.run(thread.tid, thread.vtid, program, thread.regs, thread.sigmask)
+        cloexec = [(fd, program.call("fcntl", fd, F_GETFD)) for fd in unclear]
+        run = guest.run(thread.tid, thread.own_tid, program, thread.regs, thread.sigmask)
         if brk is not None:
             task.answers["brk"] = run.result(brk)
+        for fd, answer in cloexec:
+            task.answers[f"cloexec {fd}"] = run.result(answer)
         for pid, area in stops:
             if not any(run.bytes(area)):
                 self.reported_stops.add(pid)
@@ -224,13 +301,27 @@ class _Dump:
         cgroups.dump_thread(thread, core, self.ctx)
         return core
 
-    def _getters(self, thread: SourceThread, main: bool) -> tuple[Program, list[tuple[Any, Any]], Any]:
+    def _unclear(self, task: SourceTask) -> list[int]:
+        """The descriptors of which fdinfo does not tell whether they are closed by exec: the flag is that of the
+        description. Slaves of ptys that were opened by TIOCGPTPEER can be such.
+        """
+        if self.ctx.descriptors.table(task.pid):
+            return []  # which tells
+        found = []
+        for fd, link in self.ctx.descriptors.links(task.pid):
+            if "/pts/" in link and fcntl.fcntl(self.ctx.borrow(task, fd), fcntl.F_GETFL) & os.O_CLOEXEC:
+                found.append(fd)
+        return found
+
+    def _getters(self, thread: SourceThread, main: bool, own: bool) -> tuple[Program, list[tuple[Any, Any]], Any]:
         """The program that asks a thread, (resource, where its answers are) and where that of brk(2) is.
 
-        It is the same for many threads; not so where something is to be added for stopped children.
+        It is the same for many threads; not so where something is to be added (``own``), as for stopped children, or
+        for timers.
         """
-        alone = main and any(child.stopped for child in thread.task.children)
-        key = alone and thread.tid, main, len(thread.status.Groups)
+        alone = own or (main and any(child.stopped for child in thread.task.children))
+        others = [kind.varies(thread) for kind in self.varying if main or kind.PER == "thread"]
+        key = alone and thread.tid, main, len(thread.status.Groups), *others
         known = self.getters.get(key)
         if known is None:
             program = Program("getters")
@@ -247,7 +338,8 @@ class _Dump:
         for child in task.children:
             if child.stopped:
                 area = program.out(SIGINFO_BYTES)
-                program.call("waitid", os.P_PID, child.vpid, area, os.WSTOPPED | os.WNOHANG | os.WNOWAIT, 0)
+                number = child.status.NSpid[len(task.status.NSpid) - 1]
+                program.call("waitid", os.P_PID, number, area, os.WSTOPPED | os.WNOHANG | os.WNOWAIT, 0)
                 asked.append((child.pid, area))
         return asked
 
@@ -265,17 +357,20 @@ class _Dump:
         entry = pb.task_kobj_ids_entry(
             vm_id=task.ids["vm"], files_id=task.ids["files"], fs_id=task.ids["fs"], sighand_id=task.ids["sighand"]
         )
-        preflight.set_namespace_ids(entry)
+        net = net_namespace.NUMBER if self.visit.elsewhere else 0
+        preflight.set_namespace_ids(entry, net=net, cgroup=cgroups.NUMBER if cgroups.is_own(self.root) else 0)
+        if task.pid in self.levels:
+            entry.pid_ns_id = self.levels[task.pid].ns_id[-1]
         return entry
 
     def _write_tree(self) -> None:
         for task in self.tasks.values():
             parent = self.tasks[task.ppid].vpid if task.ppid else 0
             threads = [thread.vtid for thread in task.threads] or [0]
-            self.writer.append(
-                "pstree",
-                pb.pstree_entry(pid=task.vpid, ppid=parent, pgid=task.group, sid=task.session, threads=threads),
-            )
+            entry = pb.pstree_entry(pid=task.vpid, ppid=parent, pgid=task.group, sid=task.session, threads=threads)
+            if task.pid in self.levels:
+                entry.levels.CopyFrom(self.levels[task.pid])
+            self.writer.append("pstree", entry)
         inventory = pb.inventory_entry(
             img_version=2, fdinfo_per_id=True, ns_per_id=True, root_cg_set=cgroups.OWN_SET, lsmtype=0
         )
@@ -310,9 +405,11 @@ class _Dump:
         stats.dump.shpages_written = self.ctx.memo.get("shared pages", 0)
         self.writer.write_one("stats-dump", stats)
 
-    def _finish(self) -> None:
-        """The images are complete: end the tree, or let it go on."""
+    def _go_on(self) -> None:
+        """Everything is known: end the tree, or let it go on."""
         if self.options.leave_running or self.options.leave_stopped:
+            self.unread.put_back()
+            self.ctx.undo.roll_back()
             if self.options.leave_stopped:
                 self._stop_all()
             self.seized.release_all()
@@ -340,28 +437,38 @@ class _Dump:
                 self.seized.forget(thread.tid)
                 # Other threads are taken in any case: until then the end of the main one is told to nobody.
                 ours = task.stat.ppid == os.getpid() and thread.tid == task.pid
+                if task.own_pid == INIT_PID and len(task.status.NSpid) > 1 and not self._await_members(task):
+                    log.warning(
+                        f"task {task.pid}: it is gone when those that were in its pid namespace have been collected"
+                    )
+                    continue
                 _await_end(thread.tid, leave=ours)
+        rest.await_end(self.ctx)
+
+    def _await_members(self, init: SourceTask) -> bool:
+        """The init of a pid namespace ends when all others in it have been waited for (zap_pid_ns_processes() in
+        kernel/pid_namespace.c): by us, if their parent is gone and we are who orphans come to. False: it has not ended
+        yet, as whoever they came to does not collect them.
+        """
+        depth = len(init.status.NSpid)
+        members = [task.pid for task in self.tasks.values() if len(task.status.NSpid) >= depth and task is not init]
+        deadline = time.monotonic() + MEMBERS_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for pid in members:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, ptrace.WALL | os.WNOHANG)
+            try:
+                if os.waitid(os.P_PID, init.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG | ptrace.WALL):
+                    return True
+            except ChildProcessError:
+                return True
+            time.sleep(0.0005)
+        return False
 
 
 def _set_exit_signal(task: SourceTask, core: Message) -> None:
     if task.ppid and task.stat.exit_signal != signal.SIGCHLD:
         core.tc.exit_signal = task.stat.exit_signal & 0x7F
-
-
-def rooms_for_guest(task: SourceTask) -> list[int]:
-    """The ends of the task's mappings of code, where ours may lie for a moment: the vDSO's first.
-
-    The others are for programs that have unmapped it: the last page of a segment of code is padded with zeros.
-    """
-    vdso = [mapping.vma.end for mapping in task.mappings if mapping.vma.kind == proc_maps.VDSO]
-    code = [
-        mapping.vma.end
-        for mapping in task.mappings
-        if mapping.vma.kind == proc_maps.FILE
-        and mapping.vma.prot & proc_maps.PROT_EXEC
-        and mapping.vma.flags & proc_maps.MAP_PRIVATE
-    ]
-    return vdso + code
 
 
 def _await_end(tid: int, *, leave: bool) -> None:
@@ -392,7 +499,8 @@ def explain(pid: int, options: Options) -> Iterator[str]:
                 continue
             task = collect.running(one, parent)
             tids = [thread.tid for thread in task.threads]
-            yield f"task {one}: ptrace seize and interrupt {len(tids)} threads: {', '.join(map(str, tids))}"
+            many = "s" * (len(tids) > 1)
+            yield f"task {one}: ptrace seize and interrupt {len(tids)} thread{many}: {', '.join(map(str, tids))}"
             for thread in task.threads:
                 program = Program(f"getters of {thread.tid}")
                 for kind in resources.task_resources():

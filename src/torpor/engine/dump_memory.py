@@ -7,7 +7,6 @@ pieces.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import time
 
@@ -19,8 +18,10 @@ from ..proc import auxv as proc_auxv
 from ..proc.read import read
 from ..resources import MappingKinds, base
 from ..resources.files import regular
-from .sharing import OWN_PAGES_MAX, Sharing
-from .transfer import CHUNK_BYTES, batches, read_pieces, reserve
+from . import alike
+from .sharing import OWN_PAGES_MAX, Sharing, read_entries
+from .spans import common, joined
+from .transfer import Buffer, has_alone, reserve, write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from ..images.schema import Message
     from ..model.source import Mapping, SourceTask
     from ..resources.base import DumpContext, MappingResource
+    from .precopy import Precopy
 
 PAGE = 4096
 ADDRESS_END = 0x7FFFFFFFF000
+SIBLINGS_FEW = 2  # so many are compared page by page
 WHOLE_KINDS = ("vdso", "aio")  # of these all pages are stored, in whatever way the kernel keeps them
 #: Mappings of these kinds with the same line in maps and the same flags have the same entry; so have private ones of a
 #: file.
@@ -55,13 +58,16 @@ REFUSED = {
 }
 
 
-def mapping_trouble(mapping: Mapping) -> tuple[str, str] | None:
-    """(why, hint) where the kernel's flags say that a mapping cannot be dumped."""
+def mapping_trouble(mapping: Mapping, *, served: bool = False) -> tuple[str, str] | None:
+    """(why, hint) where the kernel's flags say that a mapping cannot be dumped.
+
+    ``served``: by a userfaultfd of the process itself, which goes with it (files/userfaultfd.py).
+    """
     if REFUSED.keys().isdisjoint(mapping.flags):
         return None
     special = mapping.vma.kind in ("vvar", "vvar_vclock", "vdso", "vsyscall")
     for flag, why in REFUSED.items():
-        if flag in mapping.flags and not special:
+        if flag in mapping.flags and not special and not (served and flag == "um"):
             return why
     return None
 
@@ -69,13 +75,15 @@ def mapping_trouble(mapping: Mapping) -> tuple[str, str] | None:
 class MemoryDumper:
     """Writes mm-N, pagemap-N and pages-N of one task after the other."""
 
-    def __init__(self, ctx: DumpContext) -> None:
+    def __init__(self, ctx: DumpContext, precopy: Precopy) -> None:
         self.ctx = ctx
+        self.precopy = precopy
         self.kinds = MappingKinds()
         self.mappings = self.pages = self.shared_pages = 0
         self.seconds = 0.0
-        self._buffer = mmap.mmap(-1, CHUNK_BYTES)
+        self._buffer = Buffer()
         self.sharing = Sharing()
+        self._models = alike.Models()
         self._walks: dict[int, _Walk] = {}
 
     def dump_task(self, task: SourceTask) -> None:
@@ -108,7 +116,7 @@ class MemoryDumper:
         for mapping in task.mappings:
             vma = mapping.vma
             try:
-                trouble = mapping_trouble(mapping)
+                trouble = mapping_trouble(mapping, served=("userfaultfd", task.pid) in self.ctx.memo)
                 if trouble:
                     raise Unsupported(trouble[0], hint=trouble[1])
                 resource = self.kinds.find(mapping)
@@ -169,11 +177,7 @@ class MemoryDumper:
         """The runs of pages to store, and the guard regions, as (start, end)."""
         fd = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            regions = kernel.pagemap_scan(
-                fd, 0, ADDRESS_END,
-                inverted=kernel.PM_PFNZERO, mask=kernel.PM_PFNZERO, anyof=kernel.PM_PRESENT | kernel.PM_SWAPPED,
-                wanted=kernel.PM_PRESENT | kernel.PM_SWAPPED | kernel.PM_FILE | kernel.PM_GUARD,
-            )  # fmt: skip
+            regions = kernel.present_pages(fd, 0, ADDRESS_END, also=kernel.PM_FILE | kernel.PM_GUARD)
         except OSError as error:
             if error.errno != errno.ENOTTY:
                 raise
@@ -187,13 +191,19 @@ class MemoryDumper:
         return clip(wanted, walk.spans, walk.whole), guards
 
     def _write_pages(self, task: SourceTask, runs: list[tuple[int, int]]) -> None:
-        pages_id = self.ctx.new_id("pages")
+        early = self.precopy.of(task.pid)
+        pages_id = early.pages_id if early else self.ctx.new_id("pages")
         pages = PagemapWriter(self.ctx.images, f"pagemap-{task.vpid}", pages_id)
         image = f"pages-{pages_id}"
         if len(self.ctx.tasks) > 1 and self.ctx.options.share_pages:
+            model = None if task.children or early else self._models.find(task.ppid, runs)
+            if model is not None:
+                self._write_alike(task, runs, model, pages, image)
+                pages.close()
+                return
             shared = list(self.sharing.split(task, runs))
             if _is_forked(shared):
-                self._write_forked(task, shared, pages, image)
+                self._write_forked(task, runs, shared, pages, image)
                 pages.close()
                 return
         for start, end in runs:
@@ -204,37 +214,41 @@ class MemoryDumper:
 
     def _write_runs(self, task: SourceTask, runs: list[tuple[int, int]], image: str) -> None:
         """Append the content of the runs to an image."""
+        early = self.precopy.of(task.pid)
+        if early:
+            for _, view in self._read(task, early.settle(runs)):
+                early.add(view)
+            return
         fd = self.ctx.images.raw(image)
         reserve(fd, os.fstat(fd).st_size, sum(end - start for start, end in runs))
         for _, view in self._read(task, runs):
-            _write_all(fd, view)
+            write_all(fd, view)
 
     def _read(
         self, task: SourceTask, runs: list[tuple[int, int]]
     ) -> Iterator[tuple[list[tuple[int, int]], memoryview]]:
         """The content of the runs, in pieces: (its (address, bytes) spans, the content), valid until the next one."""
-        address = kernel.writable_address(self._buffer)
-        view = memoryview(self._buffer)
-        for batch in batches(runs):
-            total = sum(length for _, length in batch)
-            read_pieces(task.pid, task.mem_fd, batch, address, view[:total])
-            yield batch, view[:total]
+        return self._buffer.read(task, runs, alone=has_alone(task.pid, runs))
 
     def _write_forked(
-        self, task: SourceTask, shared: list[tuple[int, int, int]], pages: PagemapWriter, image: str
-    ) -> None:
+        self, task: SourceTask, runs: list[tuple[int, int]], shared: list[tuple[int, int, int]], pages: PagemapWriter,
+        image: str,
+    ) -> None:  # fmt: skip
         """Write the pages of a task that has some in common with earlier ones: those are only named.
 
         What it has of its own may still be equal to what another has stored at the same place.
         """
         own = [(start, start + count * PAGE) for start, count, owner in shared if not owner]
-        if sum(end - start for start, end in own) > OWN_PAGES_MAX * PAGE:
-            equal: list[tuple[int, int, int]] = [(start, (end - start) // PAGE, 0) for start, end in own]
+        named = [one for one in shared if one[2]]
+        if self.precopy.of(task.pid) or sum(end - start for start, end in own) > OWN_PAGES_MAX * PAGE:
+            found = sorted([*named, *((start, (end - start) // PAGE, 0) for start, end in own)])
             self._write_runs(task, own, image)
         else:
-            equal = self._write_unequal(task, own, image)
-        named = [one for one in shared if one[2]]
-        for start, count, owner in sorted([*named, *equal]):
+            equal, content = self._write_unequal(task, own, image)
+            found = sorted([*named, *equal])
+            if not task.children and len(self.ctx.tasks[task.ppid].children) > SIBLINGS_FEW:
+                self._remember(task, runs, own, content, found)
+        for start, count, owner in found:
             if owner:
                 # PE_PARENT makes CRIU, which does not know the field, refuse the set rather than restore zeroes.
                 pages.add(start, count, PE_PARENT, same_as=self.ctx.tasks[owner].vpid)
@@ -243,15 +257,78 @@ class MemoryDumper:
                 pages.add(start, count, PE_PRESENT)
                 self.pages += count
 
-    def _write_unequal(self, task: SourceTask, own: list[tuple[int, int]], image: str) -> list[tuple[int, int, int]]:
+    def _remember(
+        self, task: SourceTask, runs: list[tuple[int, int]], own: list[tuple[int, int]], content: bytes,
+        found: list[tuple[int, int, int]],
+    ) -> None:  # fmt: skip
+        """Have the task's pages as a model for its siblings."""
+        entries = read_entries(task.pid, runs)
+        if alike.all_known(entries):
+            parents = self.sharing.addresses(task.ppid)
+            tasks = self.ctx.tasks
+            model = alike.Model(
+                task.pid, runs, entries, found, own, content, parents, lambda pid: tasks[pid].vpid
+            )
+            self._models.add(task.ppid, runs, model)
+
+    def _write_alike(
+        self, task: SourceTask, runs: list[tuple[int, int]], model: alike.Model, pages: PagemapWriter, image: str
+    ) -> None:
+        """Write the pages of a task in so far as they are not those of its sibling."""
+        changes: list[tuple[int, int]] = []
+        own: list[tuple[int, int]] = []
+        for address, inherited in model.differing(read_entries(task.pid, runs)):
+            if inherited:
+                if model.owner(address) != task.ppid:
+                    changes.append((address, task.ppid))
+            elif own and own[-1][1] == address:
+                own[-1] = (own[-1][0], address + PAGE)
+            else:
+                own.append((address, address + PAGE))
+        chunks: list[bytes] = []
+        for batch, view in self._read(task, own):
+            place = 0
+            for start, length in batch:
+                content = bytes(view[place : place + length])
+                place += length
+                if not model.same_content(start, content):
+                    changes += self._compare_pages(task.pid, model, start, content, chunks)
+        changes.sort()
+        if chunks:
+            write_all(self.ctx.images.raw(image), memoryview(b"".join(chunks)))
+        total = sum(end - start for start, end in runs) // PAGE
+        pages.add_framed(model.pagemap(changes), present=len(chunks), elsewhere=total - len(chunks))
+        self.pages += len(chunks)
+        self.shared_pages += total - len(chunks)
+
+    def _compare_pages(
+        self, pid: int, model: alike.Model, start: int, content: bytes, chunks: list[bytes]
+    ) -> Iterator[tuple[int, int]]:
+        """Those pages of a run that differ from the model's: (address, pid of who stores it or 0). What is to be stored
+        is added to ``chunks``.
+        """
+        for at in range(0, len(content), PAGE):
+            address, page = start + at, content[at : at + PAGE]
+            if not model.same_content(address, page):
+                owner = self.sharing.owner_of(address, page, pid)
+                if not owner:
+                    chunks.append(page)
+                if owner != model.owner(address):
+                    yield address, owner
+
+    def _write_unequal(
+        self, task: SourceTask, own: list[tuple[int, int]], image: str
+    ) -> tuple[list[tuple[int, int, int]], bytes]:
         """Write those of a task's ``own`` pages that no earlier task has stored; all as (start, pages, pid of that
-        task or 0).
+        task or 0), and their content.
         """
         found: list[tuple[int, int, int]] = []
+        whole: list[bytes] = []
         chunks: list[bytes] = []
         owner_of, pid = self.sharing.owner_of, task.pid
         for batch, view in self._read(task, own):
             place = 0
+            whole.append(bytes(view))
             for start, length in batch:
                 for address in range(start, start + length, PAGE):
                     content = bytes(view[place : place + PAGE])
@@ -261,8 +338,8 @@ class MemoryDumper:
                     if not owner:
                         chunks.append(content)
         if chunks:
-            _write_all(self.ctx.images.raw(image), memoryview(b"".join(chunks)))
-        return found
+            write_all(self.ctx.images.raw(image), memoryview(b"".join(chunks)))
+        return found, b"".join(whole)
 
     def finish(self) -> None:
         """All tasks are done."""
@@ -311,27 +388,5 @@ def clip(
     """The parts of ``runs`` inside ``spans`` (both ascending); spans in ``whole`` are taken whole. Neighbours are
     joined.
     """
-    found: list[tuple[int, int]] = []
-    index = 0
-    for low, high in spans:
-        if (low, high) in whole:
-            pieces = [(low, high)]
-        else:
-            while index < len(runs) and runs[index][1] <= low:
-                index += 1
-            pieces = []
-            here = index
-            while here < len(runs) and runs[here][0] < high:
-                pieces.append((max(low, runs[here][0]), min(high, runs[here][1])))
-                here += 1
-        for start, end in pieces:
-            if found and found[-1][1] == start:
-                found[-1] = (found[-1][0], end)
-            else:
-                found.append((start, end))
-    return found
-
-
-def _write_all(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view) :]
+    parts = common(runs, [span for span in spans if span not in whole])
+    return joined(sorted([*parts, *(span for span in spans if span in whole)]))

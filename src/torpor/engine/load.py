@@ -6,8 +6,10 @@ import os
 
 from .. import limits
 from ..errors import ImageError
+from ..images import schema as pb
 from ..images.pages import Pages
-from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
+from ..model.snapshot import HOST_SPACE, RestoredTask, RestoredThread, Snapshot
+from . import pid_spaces
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,15 +35,29 @@ def load(reader: ImageReader, snapshot: Snapshot) -> None:
         raise ImageError("inventory.img", "img_version", f"{version} is not supported, {IMAGE_VERSION} is")
     if not snapshot.inventory.fdinfo_per_id:
         raise ImageError("inventory.img", "fdinfo_per_id", "sets of this age are not supported")
-    _load_tree(reader, snapshot)
+    entries = _load_tree(reader, snapshot)
+    files = snapshot.files
     for entry in reader.files():
-        if entry.id in snapshot.files:
-            raise ImageError("files.img", f"id {entry.id}", "it is there twice")
-        snapshot.files[entry.id] = entry
+        number = entry.id
+        files[number] = _joined(files[number], entry) if number in files else entry
     known = _Known()
     for task in snapshot.tasks.values():
         if task.alive:
             _load_task(reader, task, snapshot, known)
+    pid_spaces.load(snapshot, entries, snapshot.inventory.root_ids if snapshot.inventory.HasField("root_ids") else None)
+    if any(task.space != HOST_SPACE for task in snapshot.tasks.values()):
+        from . import pid_settings  # few trees have any
+
+        pid_settings.load(reader, snapshot)
+
+
+def _joined(other: Message, entry: Message) -> Message:
+    """The file_entry of an id; a /dev/net/tun has two, one as the file that was opened. Raises ImageError."""
+    whole, plain = (entry, other) if entry.type == pb.fd_types.TUNF else (other, entry)
+    if (whole.type, plain.type) != (pb.fd_types.TUNF, pb.fd_types.REG) or whole.tunf.HasField("file"):
+        raise ImageError("files.img", f"id {entry.id}", "it is there twice")
+    whole.tunf.file.CopyFrom(plain.reg)
+    return whole
 
 
 class _Known:
@@ -56,7 +72,7 @@ class _Known:
         self.spans: dict[int, list[tuple[int, int]]] = {}
 
 
-def _load_tree(reader: ImageReader, snapshot: Snapshot) -> None:
+def _load_tree(reader: ImageReader, snapshot: Snapshot) -> list[Message]:
     entries = reader.read_all("pstree", required=True)
     if not entries:
         raise ImageError("pstree.img", "", "there is no task in it")
@@ -92,6 +108,7 @@ def _load_tree(reader: ImageReader, snapshot: Snapshot) -> None:
                 raise ImageError("pstree.img", f"{place}: threads", f"{tid} is no thread id or there twice")
             tids.add(tid)
             task.threads.append(RestoredThread(task, tid, _core(reader, tid)))
+    return entries
 
 
 def _core(reader: ImageReader, tid: int) -> Message:
@@ -129,16 +146,15 @@ def _load_task(reader: ImageReader, task: RestoredTask, snapshot: Snapshot, know
 
 
 def _load_fds(reader: ImageReader, table: int, snapshot: Snapshot) -> list[tuple[int, int, bool]]:
-    found: list[tuple[int, int, bool]] = []
+    found = [(entry.fd, entry.id, entry.flags & 1 == 1) for entry in reader.read_all(f"fdinfo-{table}")]
     seen: set[int] = set()
-    for index, entry in enumerate(reader.read_all(f"fdinfo-{table}")):
-        place = f"entry {index}"
-        if entry.fd in seen or not 0 <= entry.fd < limits.FD_MAX:
-            raise ImageError(f"fdinfo-{table}.img", f"{place}: fd", f"{entry.fd} is there twice or out of range")
-        if entry.id not in snapshot.files:
-            raise ImageError(f"fdinfo-{table}.img", f"{place}: id", f"file {entry.id} is not in files.img")
-        seen.add(entry.fd)
-        found.append((entry.fd, entry.id, bool(entry.flags & 1)))
+    files = snapshot.files
+    for fd, file_id, _ in found:
+        if fd in seen or not 0 <= fd < limits.FD_MAX:
+            raise ImageError(f"fdinfo-{table}.img", f"entry {len(seen)}: fd", f"{fd} is there twice or out of range")
+        if file_id not in files:
+            raise ImageError(f"fdinfo-{table}.img", f"entry {len(seen)}: id", f"file {file_id} is not in files.img")
+        seen.add(fd)
     return found
 
 

@@ -31,27 +31,30 @@ import time
 
 from .. import log
 from ..errors import ImageError, KernelError, TaskGone, Unsupported
-from ..linux import bpf, btf, ptrace
+from ..linux import ptrace
 from ..linux.nr import NR
 from ..proc import status as proc_status
 from ..proc.read import numbers, read
 from ..remote import machine
 from ..remote.guest import ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, interrupted_call
 from ..remote.tracee import SIGTRAP, wait_stop
+from . import cpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..images.schema import Message
+    from ..linux import bpf
     from ..linux.ptrace import user_regs_struct
+    from ..model.snapshot import RestoredThread
     from ..model.source import SourceThread
     from ..remote.stub import Arena
 
 EINTR = 4
 NO_CALL = (1 << 64) - 1
 PAGE = 4096
-SCRATCH_BYTES = 64  # that the restore leaves at the end of the arena, for a time to wait
+SCRATCH_BYTES = 128  # that the restore leaves at the end of the arena, for a time to wait or a siginfo
 CODES = (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK)
 CLOCK_MONOTONIC, CLOCK_BOOTTIME, CLOCK_TAI, TIMER_ABSTIME = 1, 7, 11, 1
 FUTEX_WAIT, FUTEX_WAIT_BITSET, FUTEX_CMD_MASK = 0, 9, 0x7F
@@ -64,7 +67,8 @@ REPEATABLE = {
     for name in (
         "epoll_wait epoll_pwait epoll_pwait2 rt_sigtimedwait semop semtimedop io_getevents io_pgetevents select "
         "pselect6 ppoll recvfrom recvmsg recvmmsg sendto sendmsg sendmmsg accept accept4 connect read readv pread64 "
-        "preadv preadv2 write writev pwrite64 pwritev pwritev2"
+        "preadv preadv2 write writev pwrite64 pwritev pwritev2 "
+        "io_uring_enter"
     ).split()
 }
 
@@ -262,6 +266,8 @@ class _WaitReader:
     STACK_BYTES = 1024  # the timer lies within the first 400; the rest is for other compilers
 
     def __init__(self) -> None:
+        from ..linux import bpf, btf
+
         answers = btf.lookup(list(self.QUESTIONS.values()))
         self.at = {name: answers[question] for name, question in self.QUESTIONS.items()}
         places = [
@@ -360,17 +366,22 @@ class _Wait:
 # --------------------------------------------------------------------------------------- restore
 
 
-def rebuild(tid: int, core: Message, arena: Arena, regs: user_regs_struct) -> bool:
+def is_to_be_rebuilt(core: Message) -> bool:
+    """Is a restart block to be written once the thread has everything else?"""
+    entry = core.thread_core.interrupted
+    return bool(entry.code == ERESTART_RESTARTBLOCK and entry.left_ns)
+
+
+def rebuild(thread: RestoredThread, arena: Arena) -> bool:
     """Have the kernel write the restart block of a thread's call; the thread is stopped before and after. Is it done?
 
-    ``regs`` are the thread's own, as in the image; the arena must be mapped.
+    The arena must be mapped.
     """
-    entry = core.thread_core.interrupted
-    if entry.code != ERESTART_RESTARTBLOCK or not entry.left_ns:
+    entry, tid = thread.core.thread_core.interrupted, thread.live_tid
+    if not is_to_be_rebuilt(thread.core):
         return False
-    place = arena.size - PAGE - SCRATCH_BYTES  # of the last page nothing is mapped after the memory has been cleared
-    arena.memory[place : place + 16] = struct.pack("<QQ", *divmod(entry.left_ns, 1_000_000_000))
-    scratch = arena.base + place
+    regs = cpu.restored_regs(thread.core, thread.image)
+    scratch = put_in_scratch(arena, struct.pack("<QQ", *divmod(entry.left_ns, 1_000_000_000)))
     call = ptrace.get_regs(tid)
     call.ip = arena.code + machine.STUB.index(b"\x0f\x05")
     call.ax, call.orig_ax = entry.call, NO_CALL
@@ -385,6 +396,13 @@ def rebuild(tid: int, core: Message, arena: Arena, regs: user_regs_struct) -> bo
     else:
         return False
     return _begin(tid, call)
+
+
+def put_in_scratch(arena: Arena, content: bytes) -> int:
+    """Place bytes where a stub that is past its program can read them; gives their address there."""
+    place = arena.size - PAGE - SCRATCH_BYTES  # of the last page nothing is mapped after the memory has been cleared
+    arena.memory[place : place + len(content)] = content
+    return arena.base + place
 
 
 def _begin(tid: int, call: user_regs_struct) -> bool:

@@ -7,24 +7,27 @@ import os
 import struct
 from bisect import bisect_right
 
+from .. import log
 from ..errors import ImageError
 from ..images.pages import Run
-from ..linux import userfault
 from ..model.snapshot import RestoredTask, Snapshot
 from ..resources import MappingKinds, base
 from ..resources.files import regular
 from ..resources.memory import vdso
-from .fill import Fill
+from . import spans
+from .plan import Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import TypeAlias
+    from typing import Any, TypeAlias
 
     from ..images.schema import Message
     from ..remote.program import Program
     from ..remote.stub import Arena
     from ..resources.base import BuildContext
+    from .fill import Fill
+    from .mapped import Handle
 
     #: (our descriptor, address, bytes, offset) of pages to read
     Piece: TypeAlias = tuple[int, int, int, int]
@@ -40,20 +43,31 @@ UNPLACED = base.VMA_GUARD | base.VMA_VSYSCALL
 NO_PAGES = base.VMA_VDSO | base.VMA_VVAR | base.VMA_VSYSCALL
 READ_BYTES_MAX = 1 << 30
 LARGE_BYTES = 1 << 22  # from this on, pieces are brought in from outside
+MAP_BYTES = 1 << 18  # mappings with less are complete before their task runs
 SMALL_BYTES = 1 << 18  # up to this, pieces are read many at a time
 IOV_MAX = 1024
 
 
-def prepare(snapshot: Snapshot, ctx: BuildContext) -> None:
-    """Open in the builder what mappings need: mapped files, shared memory, page files, executables."""
+def prepare(snapshot: Snapshot, ctx: BuildContext, *, inheritable: bool = False) -> list[tuple[Any, Message]]:
+    """Open in the builder what mappings need: mapped files, shared memory, page files, executables.
+
+    ``inheritable``: only what copies of the snapshot may have from a common ancestor; returns the other mappings, as
+    (resource, entry).
+    """
     kinds = MappingKinds()
+    others = []
     seen: set[int] = set()
     for task in snapshot.tasks.values():
         if not task.alive:
             continue
         for entry in task.mm.vmas if id(task.mm) not in seen else ():
-            if not entry.status & UNPLACED:
-                kinds.of_entry(entry).prepare(entry, ctx)
+            if entry.status & UNPLACED:
+                continue
+            kind = kinds.of_entry(entry)
+            if inheritable and not kind.inheritable(entry, ctx):
+                others.append((kind, entry))
+            else:
+                kind.prepare(entry, ctx)
         seen.add(id(task.mm))
         exe = ("exe", task.mm.exe_file_id)
         if exe not in ctx.memo:
@@ -61,6 +75,7 @@ def prepare(snapshot: Snapshot, ctx: BuildContext) -> None:
         for fd in {run.fd for run in task.runs} - {-1}:
             if ("pages", fd) not in ctx.memo:
                 ctx.memo["pages", fd] = ctx.keep(os.dup(fd))
+    return others
 
 
 def heirs(snapshot: Snapshot) -> set[int]:
@@ -72,26 +87,39 @@ def heirs(snapshot: Snapshot) -> set[int]:
     }
 
 
-def clear(arena: Arena, program: Program) -> None:
+def clear(place: Place, program: Program) -> None:
     """Unmap everything but the arena."""
-    program.call("munmap", 0, arena.base, why="everything below the arena")
-    end = arena.base + arena.size
+    program.call("munmap", 0, place.base, why="everything below the arena")
+    end = place.base + place.size
     program.call("munmap", end, ADDRESS_END - end, why="everything above it")
 
 
 class Layout:
     """The mappings of an address space, for looking up; siblings with equal ones share it."""
 
-    __slots__ = ("entries", "late", "mm", "pageless", "starts")
+    __slots__ = ("entries", "first", "late", "mm", "pageless", "starts", "wiped")
 
-    def __init__(self, mm: Message) -> None:
+    def __init__(self, mm: Message, kinds: MappingKinds) -> None:
         self.mm = mm
         self.entries = [entry for entry in mm.vmas if not entry.status & UNPLACED]
         self.starts = [entry.start for entry in self.entries]
         #: (start, end) of mappings whose pages are the kernel's
         self.pageless = [(entry.start, entry.end) for entry in self.entries if entry.status & NO_PAGES]
+        #: (start, end) of what a child of fork(2) would find empty
+        self.wiped = [
+            (entry.start, entry.end)
+            for entry in self.entries
+            if entry.madv >> MADV_WIPEONFORK & 1 or entry.flags & base.MAP_DROPPABLE
+        ]
+        #: those that are to be made before the others
+        self.first = [entry for entry in self.entries if kinds.of_entry(entry).FIRST]
         #: (start, bytes, MADV_*) of the advice to be given
         self.late: list[tuple[int, int, int]] | None = None
+
+    def own_spans(self, kept: dict[int, Message]) -> list[tuple[int, int]]:
+        """(start, end) of mappings that are not ``kept`` and have pages."""
+        others = (entry for entry in self.entries if entry.start not in kept and not entry.status & NO_PAGES)
+        return [(entry.start, entry.end) for entry in others]
 
     def entry_at(self, address: int) -> Message:
         """The mapping that holds an address (checked when it was loaded)."""
@@ -101,65 +129,102 @@ class Layout:
 class MemoryPlan:
     """Emits the memory of tasks, one after the other."""
 
-    def __init__(self, snapshot: Snapshot, ctx: BuildContext) -> None:
+    def __init__(self, snapshot: Snapshot, ctx: BuildContext, forebear: RestoredTask | None = None) -> None:
+        """``forebear``: whose memory the root is born with, see :func:`forebear`."""
         self.snapshot = snapshot
         self.ctx = ctx
+        self.forebear = forebear
         self.kinds = MappingKinds()
         self.order = {pid: index for index, pid in enumerate(snapshot.tasks)}
         self._layouts: dict[int, Layout] = {}
         self._places: dict[int, tuple[list[int], list[Run]]] = {}
+        self._has_exe: set[int] = set()
         #: (program, record, bytes) of reads that have to be complete, see :meth:`check_reads`
         self.reads: list[tuple[Program, int, int]] = []
         #: pid → what is brought in from outside, while all wait at their first stop
         self.fills: dict[int, Fill] = {}
+        #: What brings in memory once the tasks run.
+        self.pager: Handle | None = None
 
     def layout(self, task: RestoredTask) -> Layout:
         """The task's mappings."""
         found = self._layouts.get(id(task.mm))
         if found is None:
-            found = self._layouts[id(task.mm)] = Layout(task.mm)
+            found = self._layouts[id(task.mm)] = Layout(task.mm, self.kinds)
         return found
 
     def emit(self, task: RestoredTask, program: Program, *, inherited: RestoredTask | None) -> None:
         """Emit the task's memory; ``inherited`` is the task whose complete memory it has already, or None."""
         self.ctx.memo["mm"] = task.mm
         layout = self.layout(task)
-        pieces = self._pieces(task, _minus_runs(task.runs, layout.pageless), inherited)
+        runs = spans.minus_runs(task.runs, layout.pageless)
+        if self.ctx.options.fresh and layout.wiped:
+            runs = spans.outside(runs, layout.wiped)
+        pieces = self._pieces(task, runs, inherited)
+        if inherited is not None and inherited is self.forebear:  # it has all pages of the mappings that it has
+            had = self.layout(inherited).starts
+            pieces = [piece for piece in pieces if not _holds(had, layout.entry_at(piece[1]).start)]
         if inherited is not None and inherited.mm is task.mm:
             # The usual case of a forked tree: everything is there, but for the pages written to since.
             self._drop_pages(task, layout, layout.entries, inherited, program)
             self._emit_pages(layout, pieces, set(), program)
             return
+        here = vdso.layout(inherited.mm.vmas) if inherited else None
+        vdso.clear(vdso.layout(task.mm.vmas), here, program)
         kept = self._drop_foreign(layout, inherited, program) if inherited else {}
-        large = self._take_large(task, layout, kept, pieces)
-        writable = self._emit_mappings(layout, kept, pieces, program)
+        if inherited is not None and inherited is not self.forebear:
+            pieces = sorted(pieces + self._lost(task, layout, kept, inherited), key=_by_address)
+        self._take_large(task, layout, kept, pieces)
+        writable = self._emit_mappings(layout, kept, inherited, pieces, program)
         if inherited is not None:
             self._drop_pages(task, layout, list(kept.values()), inherited, program)
         self._emit_pages(layout, pieces, writable, program)
-        if large:
-            spans = sorted({(entry.start, entry.end) for entry in (layout.entry_at(piece[1]) for piece in large)})
-            self.fills[task.pid] = Fill(task.pid, large, spans)
-        here = vdso.layout(inherited.mm.vmas) if inherited else None
         vdso.emit(vdso.layout(task.mm.vmas), here, program)
         self._emit_guards(task, program)
         self._emit_mm(task, program, inherited)
 
     def _take_large(
         self, task: RestoredTask, layout: Layout, kept: dict[int, Message], pieces: list[Piece]
-    ) -> list[Piece]:
-        """Take out of ``pieces`` the large ones that can be brought in from outside (engine/fill.py).
+    ) -> None:
+        """Take out of ``pieces`` the large ones that can be brought in from outside (engine/fill.py), and with
+        ``options.map`` what can be brought in later (engine/mapped.py).
 
         Not so in a task whose children inherit its memory: they are born before. Nor where the descriptor for it would
         appear in other tasks.
         """
-        large = [
-            piece for piece in pieces if piece[2] >= LARGE_BYTES and self._is_plain(layout.entry_at(piece[1]), kept)
-        ]
+        plain = [piece for piece in pieces if self._is_plain(layout.entry_at(piece[1]), kept)]
+        mapped = self._to_map(layout, plain) if self.ctx.options.map else []
+        later = {piece[1] for piece in mapped}
+        large = [piece for piece in plain if piece[2] >= LARGE_BYTES and piece[1] not in later]
         heirs = any(run.same_as == task.pid for child in task.children if child.alive for run in child.runs)
-        if not large or heirs or self._shares_table(task) or not self.ctx.once("userfaultfd", userfault.possible):
+        if not (large or mapped) or heirs or self._shares_table(task):
+            return
+        from ..linux import userfault
+        from .fill import Fill
+
+        if not self.ctx.once("userfaultfd", userfault.possible):
+            return
+        taken = later | {piece[1] for piece in large}
+        pieces[:] = [piece for piece in pieces if piece[1] not in taken]
+        self.fills[task.pid] = Fill(large, _mappings_of(large, layout), mapped, _mappings_of(mapped, layout))
+
+    def _to_map(self, layout: Layout, plain: list[Piece]) -> list[Piece]:
+        """Those of the pieces that may be brought in when the task runs already; small mappings are not worth it."""
+        sizes: dict[int, int] = {}
+        for piece in plain:
+            start = layout.entry_at(piece[1]).start
+            sizes[start] = sizes.get(start, 0) + piece[2]
+        worth = {start for start, size in sizes.items() if size >= MAP_BYTES} - {start for start, _ in layout.wiped}
+        mapped = []
+        for piece in plain:
+            entry = layout.entry_at(piece[1])
+            locked = entry.flags & base.MAP_LOCKED and not entry.lock_on_fault
+            if entry.start in worth and not locked and not entry.flags & base.MAP_GROWSDOWN:
+                mapped.append(piece)
+        if mapped and not self.ctx.once("userfaultfd events", _tells_events):
+            log.warning("this kernel does not tell what a task does to its memory: all of it is brought in at once")
             return []
-        pieces[:] = [piece for piece in pieces if piece not in large]
-        return large
+        return mapped
 
     def _shares_table(self, task: RestoredTask) -> bool:
         tasks = self.snapshot.tasks.values()
@@ -171,10 +236,32 @@ class MemoryPlan:
         huge = entry.flags & base.MAP_HUGETLB or entry.madv >> MADV_HUGEPAGE & 1
         return bool(plain and not huge and entry.start not in kept)
 
+    def start_pager(self) -> None:
+        """Start the pager for what is to be brought in when the tasks run, if there is any. Raises KernelError."""
+        fills = [one for one in self.fills.values() if one.mapped]
+        if not fills:
+            return
+        from . import mapped
+
+        self.pager = mapped.start(fills, lazy=self.ctx.options.map_lazy)
+        self.ctx.on_failure.add("pager", self.pager.end)
+
     def fill(self, arena: Arena) -> None:
-        """Bring in the large memory of the tasks, which wait. Raises KernelError."""
-        for one in self.fills.values():
-            one.run(arena)
+        """Bring in the large memory of the tasks, which wait, or hand it over to the pager. Raises TorporError."""
+        for pid, one in self.fills.items():
+            one.run(arena, self.snapshot.tasks[pid], self.pager)
+        if self.pager is not None:
+            self.pager.await_ready()
+
+    def release(self) -> None:
+        """The tasks are about to be let go."""
+        if self.pager is not None:
+            self.pager.release()
+
+    def explain_pager(self) -> Iterator[str]:
+        """What will be brought in when the tasks run, a line a mapping."""
+        for pid, one in self.fills.items():
+            yield from one.explain(f"task {pid}", lazy=self.ctx.options.map_lazy)
 
     def emit_opening(self, task: RestoredTask, program: Program) -> None:
         """Emit what lets us bring in the task's large memory; its descriptors are in place."""
@@ -196,14 +283,20 @@ class MemoryPlan:
             if entry.status & (base.VMA_VDSO | base.VMA_VVAR):
                 continue
             own = mine.get(entry.start)
-            if own is not None and _same(own, entry):
-                kept[entry.start] = own
-            else:
-                program.call("munmap", entry.start, entry.end - entry.start, why="the parent's")
+            end = entry.start
+            if own is not None and own.end <= entry.end and _same(own, entry):
+                kept[entry.start], end = own, own.end
+            if end < entry.end:
+                program.call("munmap", end, entry.end - end, why="the parent's")
         return kept
 
     def _emit_mappings(
-        self, layout: Layout, kept: dict[int, Message], pieces: list[Piece], program: Program
+        self,
+        layout: Layout,
+        kept: dict[int, Message],
+        inherited: RestoredTask | None,
+        pieces: list[Piece],
+        program: Program,
     ) -> set[int]:
         """Make the mappings that are not ``kept``; those that get pages are writable for now, returned are their
         starts.
@@ -211,15 +304,17 @@ class MemoryPlan:
         The pieces that a mapping's resource brings in by itself are taken out of ``pieces``.
         """
         filled = {layout.entry_at(piece[1]).start for piece in pieces}
-        for entry in layout.entries:
+        first = [entry for entry in layout.first if entry.start not in kept]
+        if first:
+            self._emit_first(first, kept, inherited, program)
+        wanted = [entry for entry in layout.entries if entry.start not in kept and not (first and entry in first)]
+        for entry, prot in self._joined(wanted, filled):
             start = entry.start
-            if start in kept:
-                continue
             if entry.status & base.VMA_AIORING:  # the kernel's own layout: the resource knows what goes where
                 self.ctx.memo["pieces"] = [piece for piece in pieces if start <= piece[1] < entry.end]
                 pieces[:] = [piece for piece in pieces if not start <= piece[1] < entry.end]
                 filled.discard(start)
-            prot = entry.prot | PROT_WRITE if start in filled else entry.prot
+                prot = entry.prot
             self.kinds.of_entry(entry).restore(entry, prot, program, self.ctx)
             if entry.HasField("anon_name"):
                 name = bytes(entry.anon_name) + b"\0"
@@ -227,16 +322,55 @@ class MemoryPlan:
                 program.call("prctl", PR_SET_VMA, PR_SET_VMA_ANON_NAME, start, length, name, may_fail=(22,))
         return filled - set(kept)
 
+    def _joined(self, entries: list[Message], filled: set[int]) -> Iterator[tuple[Message, int]]:
+        """(mapping, its protection for now), in order; neighbours that may be made by one call as one."""
+        index = 0
+        while index < len(entries):
+            entry = entries[index]
+            prot = self._prot_for_now(entry, filled)
+            last, index = index, index + 1
+            while index < len(entries) and self._joins(entries[last], entries[index], prot, filled):
+                last, index = index, index + 1
+            if entry is not entries[last]:
+                whole = type(entry)()
+                whole.CopyFrom(entry)
+                whole.end = entries[last].end
+                entry = whole
+            yield entry, prot
+
+    @staticmethod
+    def _prot_for_now(entry: Message, filled: set[int]) -> int:
+        return int(entry.prot | PROT_WRITE if entry.start in filled else entry.prot)
+
+    def _joins(self, one: Message, other: Message, prot: int, filled: set[int]) -> bool:
+        """Can ``other`` be made together with ``one``, which is before it and is made with ``prot``?"""
+        return bool(
+            (one.end, one.flags, prot) == (other.start, other.flags, self._prot_for_now(other, filled))
+            and self.kinds.of_entry(one).joins(one) and self.kinds.of_entry(other).joins(other)
+        )  # fmt: skip
+
+    def _emit_first(
+        self, entries: list[Message], kept: dict[int, Message], inherited: RestoredTask | None, program: Program
+    ) -> None:
+        """Make the mappings that depend on what is there already, and on what is not."""
+        there = [*kept.values()]
+        if inherited is not None:
+            there += [one for one in inherited.mm.vmas if one.status & (base.VMA_VDSO | base.VMA_VVAR)]
+        occupied = self.ctx.memo["occupied"] = [self.ctx.memo["arena"], *((one.start, one.end) for one in there)]
+        for entry in entries:
+            self.kinds.of_entry(entry).restore(entry, entry.prot, program, self.ctx)
+            occupied.append((entry.start, entry.end))
+
     @staticmethod
     def _drop_pages(
         task: RestoredTask, layout: Layout, kept: list[Message], parent: RestoredTask, program: Program
     ) -> None:
         """Drop the pages of the mappings that were ``kept`` which the parent has and the task has not."""
-        surplus = _minus(_spans(parent.runs), _spans(task.runs))
+        surplus = spans.minus(spans.spans(parent.runs), spans.spans(task.runs))
         if not surplus:
             return
-        spans = [(entry.start, entry.end) for entry in kept if not entry.status & NO_PAGES]
-        for start, end in _common(surplus, spans):
+        places = [(entry.start, entry.end) for entry in kept if not entry.status & NO_PAGES]
+        for start, end in spans.common(surplus, places):
             program.call("madvise", start, end - start, MADV_DONTNEED, why="the parent's pages")
 
     def _emit_pages(self, layout: Layout, pieces: list[Piece], writable: set[int], program: Program) -> None:
@@ -246,13 +380,12 @@ class MemoryPlan:
             entry = layout.entry_at(piece[1])
             if not entry.prot & PROT_WRITE:
                 closed[entry.start] = entry
-        for start, entry in closed.items():
-            if start not in writable:
-                program.call("mprotect", start, entry.end - start, entry.prot | PROT_WRITE)
+        rows = [(start, entry.end - start, entry.prot) for start, entry in closed.items()]
+        opened = [(start, size, prot | PROT_WRITE) for start, size, prot in rows if start not in writable]
+        program.calls("mprotect", opened)
         for group in _groups(pieces):
             self._emit_group(group, program)
-        for start, entry in closed.items():
-            program.call("mprotect", start, entry.end - start, entry.prot)
+        program.calls("mprotect", rows)
 
     def _emit_group(self, group: list[Piece], program: Program) -> None:
         """Read pieces that follow one another in their file, by one call if they are small."""
@@ -289,6 +422,18 @@ class MemoryPlan:
                 found += self._foreign(task, same_as, address, address + count * PAGE)
         return _cut(found, self.layout(task))
 
+    def _lost(
+        self, task: RestoredTask, layout: Layout, kept: dict[int, Message], parent: RestoredTask
+    ) -> list[Piece]:
+        """The parent's pages in mappings that cannot be the parent's, because they have grown or changed since."""
+        found: list[Piece] = []
+        for run in task.runs:
+            if run.same_as == parent.pid:
+                end = run.vaddr + run.nr_pages * PAGE
+                for low, high in spans.common([(run.vaddr, end)], layout.own_spans(kept)):
+                    found += self._foreign(task, parent.pid, low, high)
+        return _cut(found, layout)
+
     def _foreign(self, task: RestoredTask, owner_pid: int, start: int, end: int) -> list[Piece]:
         """Where pages lie that are stored with another task."""
         owner = self.snapshot.tasks.get(owner_pid)
@@ -323,10 +468,17 @@ class MemoryPlan:
             if entry.status & base.VMA_GUARD:
                 program.call("madvise", entry.start, entry.end - entry.start, MADV_GUARD_INSTALL, why="guard region")
 
+    def emit_exe(self, task: RestoredTask, program: Program) -> None:
+        """Emit the change of the executable in a stub whose present one the task may have mapped, which forbids it:
+        while nothing is mapped.
+        """
+        self._emit_mm(task, program, None)
+        self._has_exe.add(task.pid)
+
     def _emit_mm(self, task: RestoredTask, program: Program, inherited: RestoredTask | None) -> None:
         mm = task.mm
         auxv = struct.pack(f"<{len(mm.mm_saved_auxv)}Q", *mm.mm_saved_auxv)
-        same_exe = inherited is not None and inherited.mm.exe_file_id == mm.exe_file_id
+        same_exe = (inherited is not None and inherited.mm.exe_file_id == mm.exe_file_id) or task.pid in self._has_exe
         exe_fd = 0xFFFFFFFF if same_exe else self.ctx.memo["exe", mm.exe_file_id]
         area = program.put(
             struct.pack(
@@ -360,6 +512,16 @@ class MemoryPlan:
                 program.call("mseal", entry.start, length, 0)
 
 
+def _mappings_of(pieces: list[Piece], layout: Layout) -> list[tuple[int, int]]:
+    """(start, end) of the mappings that hold the pieces."""
+    return sorted({(entry.start, entry.end) for entry in (layout.entry_at(piece[1]) for piece in pieces)})
+
+
+def _holds(ordered: list[int], number: int) -> bool:
+    at = bisect_right(ordered, number)
+    return at > 0 and ordered[at - 1] == number
+
+
 def _advice(layout: Layout) -> Iterator[tuple[int, int, int]]:
     for entry in layout.entries:
         advice = entry.madv
@@ -373,8 +535,9 @@ def _advice(layout: Layout) -> Iterator[tuple[int, int, int]]:
 
 
 def _same(a: Message, b: Message) -> bool:
+    """Are two mappings with the same start equal but for their ends?"""
     return bool(
-        a.end == b.end and a.prot == b.prot and a.flags == b.flags and a.shmid == b.shmid and a.pgoff == b.pgoff
+        a.prot == b.prot and a.flags == b.flags and a.shmid == b.shmid and a.pgoff == b.pgoff
         and a.status == b.status and a.anon_name == b.anon_name and a.fdflags == b.fdflags
     )  # fmt: skip
 
@@ -417,59 +580,15 @@ def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
+def _tells_events() -> bool:
+    from ..linux import userfault
+
+    return userfault.possible(userfault.EVENTS)
+
+
+def _by_address(piece: Piece) -> int:
+    return piece[1]
+
+
 def _in_file(piece: Piece) -> tuple[int, int]:
     return piece[0], piece[3]
-
-
-def _spans(runs: list[Run]) -> list[tuple[int, int]]:
-    """The runs as (start, end); neighbours are joined."""
-    found: list[tuple[int, int]] = []
-    start = end = -1
-    for run in runs:
-        address = run[0]
-        if address != end:
-            if start >= 0:
-                found.append((start, end))
-            start = address
-        end = address + run[1] * PAGE
-    if start >= 0:
-        found.append((start, end))
-    return found
-
-
-def _minus_runs(runs: list[Run], spans: list[tuple[int, int]]) -> list[Run]:
-    """The runs without those that lie in ``spans``, of which there are few."""
-    for start, end in spans:
-        if any(start <= run[0] < end for run in runs):
-            runs = [run for run in runs if not start <= run[0] < end]
-    return runs
-
-
-def _common(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """What both lists of spans cover, in parts that lie in one of ``others`` each; both ascending."""
-    index = 0
-    for low, high in others:
-        while index < len(spans) and spans[index][1] <= low:
-            index += 1
-        at = index
-        while at < len(spans) and spans[at][0] < high:
-            yield max(low, spans[at][0]), min(high, spans[at][1])
-            at += 1
-
-
-def _minus(spans: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The parts of ``spans`` that ``taken`` does not cover; both ascending."""
-    found: list[tuple[int, int]] = []
-    index = 0
-    for start, end in spans:
-        while index < len(taken) and taken[index][1] <= start:
-            index += 1
-        at = index
-        while start < end and at < len(taken) and taken[at][0] < end:
-            if taken[at][0] > start:
-                found.append((start, taken[at][0]))
-            start = max(start, taken[at][1])
-            at += 1
-        if start < end:
-            found.append((start, end))
-    return found

@@ -23,10 +23,31 @@ ENTRY = 8  # bytes of a pagemap entry
 FRAME = (1 << 55) - 1
 PRESENT_OR_SWAPPED = 3 << 62
 SAME_PAGE = FRAME | PRESENT_OR_SWAPPED
+GAP_PAGES = 256  # runs with so little between them are looked up by one read
 #: Contents of so many pages are remembered (64 MiB).
 CONTENTS_MAX = 1 << 14
 #: A task with more pages of its own than this is not searched for contents that are known.
 OWN_PAGES_MAX = 1 << 13
+
+
+def read_entries(pid: int, runs: list[tuple[int, int]]) -> list[bytes]:
+    """The pagemap entries of each run."""
+    found: list[bytes] = []
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        first = 0
+        while first < len(runs):
+            last = first
+            while last + 1 < len(runs) and runs[last + 1][0] - runs[last][1] <= GAP_PAGES * PAGE:
+                last += 1
+            low = runs[first][0]
+            data = os.pread(fd, (runs[last][1] - low) // PAGE * ENTRY, low // PAGE * ENTRY)
+            for start, end in runs[first : last + 1]:
+                found.append(data[(start - low) // PAGE * ENTRY : (end - low) // PAGE * ENTRY])
+            first = last + 1
+    finally:
+        os.close(fd)
+    return found
 
 
 class Frames:
@@ -107,6 +128,11 @@ class Sharing:
                 begin, owner_now = address, owner
         if end > begin:
             yield begin, (end - begin) // PAGE, owner_now
+
+    def addresses(self, pid: int) -> dict[int, int]:
+        """address → pagemap entry of a task whose pages were split and that has children."""
+        frames = self._frames.get(pid)
+        return frames.addresses() if frames is not None else {}
 
     def owner_of(self, address: int, content: bytes, pid: int) -> int:
         """The pid of an earlier task that has this content at this address and stores it; 0: it is

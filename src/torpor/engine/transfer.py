@@ -8,19 +8,25 @@ more time on finding large folios than on copying.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 
+from .. import log
 from ..errors import KernelError, TaskGone
 from ..linux import kernel
 from ..linux.call import call
+from .sharing import ENTRY, read_entries
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ..model.source import SourceTask
+
 CHUNK_BYTES = 1 << 19
 IOV_MAX = 1024
 RESERVE_BYTES_MIN = 8 << 20
+EXCLUSIVE = 1  # of a pagemap entry's last byte: bit 56
 
 
 def reserve(fd: int, start: int, size: int) -> None:
@@ -37,10 +43,28 @@ def reserve(fd: int, start: int, size: int) -> None:
             raise
 
 
+def has_alone(pid: int, runs: list[tuple[int, int]]) -> bool:
+    """Are all pages of the runs mapped by this task only?
+
+    process_vm_readv(2) pins what it reads, and the kernel copies a page for that which others have too (mm/gup.c,
+    gup_must_unshare()): a family would share no memory any more after it. Reading /proc/PID/mem leaves it shared.
+    """
+    flags: set[int] = set()
+    for entries in read_entries(pid, runs):
+        flags.update(entries[ENTRY - 1 :: ENTRY])
+    return all(flag & EXCLUSIVE for flag in flags)
+
+
 def read_pieces(
-    pid: int, mem_fd: int, batch: list[tuple[int, int]], address: int, view: memoryview
+    pid: int, mem_fd: int, batch: list[tuple[int, int]], address: int, view: memoryview, *, alone: bool
 ) -> None:
-    """Read the (address, bytes) pieces of a stopped task to our own ``address``, which ``view`` is on."""
+    """Read the (address, bytes) pieces of a stopped task to our own ``address``, which ``view`` is on.
+
+    ``alone``: what :func:`has_alone` says.
+    """
+    if not alone:
+        read_file(pid, mem_fd, batch, view)
+        return
     try:
         count = kernel.read_memory_into(pid, address, batch)
     except KernelError as error:
@@ -48,7 +72,7 @@ def read_pieces(
             raise
         count = 0
     if count != len(view):
-        read_protected(pid, mem_fd, batch, view)
+        read_file(pid, mem_fd, batch, view)
 
 
 def batches(runs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
@@ -68,8 +92,52 @@ def batches(runs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield batch
 
 
-def read_protected(pid: int, mem_fd: int, batch: list[tuple[int, int]], view: memoryview) -> None:
-    """As process_vm_readv, for memory that the task itself may not read: /proc/PID/mem does not ask."""
+class Buffer:
+    """Room for pieces of a task's memory on their way to a file."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, CHUNK_BYTES)
+        self._address = kernel.writable_address(self._memory)
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give it back."""
+        self._memory.close()
+
+    def read(
+        self, task: SourceTask, runs: list[tuple[int, int]], *, alone: bool
+    ) -> Iterator[tuple[list[tuple[int, int]], memoryview]]:
+        """The content of the runs, in pieces: (its (address, bytes) spans, the content), valid until the next one."""
+        with memoryview(self._memory) as view:
+            for batch in batches(runs):
+                with view[: sum(length for _, length in batch)] as content:
+                    read_pieces(task.pid, task.mem_fd, batch, self._address, content, alone=alone)
+                    yield batch, content
+
+    def read_running(
+        self, task: SourceTask, runs: list[tuple[int, int]], *, alone: bool
+    ) -> Iterator[tuple[list[tuple[int, int]], memoryview]]:
+        """As :meth:`read`, of a task that is not stopped: what it gives back meanwhile is left out."""
+        for batch in batches(runs):
+            try:
+                yield from self.read(task, [(start, start + length) for start, length in batch], alone=alone)
+            except (TaskGone, OSError) as error:
+                log.debug(f"task {task.pid}: at {batch[0][0]:#x}: {error}")
+
+
+def write_all(fd: int, view: memoryview) -> None:
+    """Write all of it, wherever the file stands. Raises OSError."""
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def read_file(pid: int, mem_fd: int, batch: list[tuple[int, int]], view: memoryview) -> None:
+    """As process_vm_readv, from /proc/PID/mem: also what the task itself may not read, and without pinning it."""
     done = 0
     for start, length in batch:
         while length:

@@ -1,5 +1,5 @@
-"""The garbage collector, which would look through thousands of new objects again and again while a
-snapshot is worked on.
+"""The garbage collector, which would look through thousands of new objects again and again while a snapshot is worked
+on, or a command starts.
 """
 
 from __future__ import annotations
