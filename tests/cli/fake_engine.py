@@ -50,7 +50,8 @@ class DumpResult:
     def __init__(self, options: Options) -> None:
         self.images_dir = options.images_dir
         self.pids, self.threads, self.mappings, self.files = [42, 43], 3, 1110, 5
-        self.pages, self.shared_pages, self.frozen_s, self.total_s = 1812, 0, 0.0054, 1.25
+        self.pages, self.shared_pages, self.early_pages = 1812, 0, 0
+        self.frozen_s, self.total_s = 0.0054, 1.25
 
 
 def dump(pid: int, options: Options) -> DumpResult:
@@ -63,7 +64,8 @@ def dump(pid: int, options: Options) -> DumpResult:
 
 class RestoreResult:
     def __init__(self, pid: int) -> None:
-        self.pid = pid
+        self.pid = self.waits_for = pid
+        self.written_to = ""
 
 
 def restore(options: Options) -> RestoreResult:

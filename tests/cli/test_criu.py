@@ -112,7 +112,7 @@ def test_dump_hands_the_options_to_the_engine(criu, tmp_path: Path) -> None:
     assert done.err == ""
     wanted = (
         f"dump 42 Options(pid=42, images_dir='{tmp_path}/images', work_dir='{tmp_path}/images', "
-        "shell_job=True, log_level=4, "
+        "shell_job=True, guest=False, log_level=4, "
         f"log_file='{tmp_path}/images/dump.log', no_default_config=True)\n"
     )
     assert done.out == wanted

@@ -207,8 +207,8 @@ def test_posix_order_ends_at_the_first_word() -> None:
 
 
 def test_table_is_the_one_of_criu() -> None:
-    """Counted in criu/config.c of 4.2: 27 options can be negated; its letters. One more is ours."""
-    ours = {"share-pages", "no-share-pages"}
+    """Counted in criu/config.c of 4.2: 27 options can be negated; its letters. Three more are ours."""
+    ours = {"share-pages", "no-share-pages", "precopy", "no-precopy", "guest", "no-guest"}
     assert sum(entry.negated for name, entry in GRAMMAR.long.items() if name not in ours) == 27
     # Options of getopt's short string: a letter and a colon for each of "takes one", "if attached".
     letters = {letter + ":" * entry.takes for letter, entry in GRAMMAR.short.items()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from kit.verbs import tool
 from torpor.cli.main import VERBS
 from torpor.options import TABLE
 
@@ -15,32 +16,27 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "man").glob("*.md"))
 
 
-def make_man():
-    spec = importlib.util.spec_from_file_location("make_man", ROOT / "tools" / "make_man.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["criu.8.md", "torpor.1.md"])
 def test_page_is_what_the_tool_would_write(name: str) -> None:
-    tool = make_man()
+    maker = tool("make_man")
     page = (ROOT / "docs" / "man" / name).read_text()
-    assert tool.filled(page, tool.option_lists()) == page, "run tools/make_man.py"
+    assert maker.filled(page, maker.option_lists()) == page, "run tools/make_man.py"
 
 
 def test_the_tool_replaces_what_is_there() -> None:
-    tool = make_man()
+    maker = tool("make_man")
     page = "a\n<!-- options: x -->\nold\n<!-- end -->\nb\n<!-- options: y -->\n<!-- end -->\n"
-    filled = tool.filled(page, {"x": "new\n", "y": "other\n"})
+    filled = maker.filled(page, {"x": "new\n", "y": "other\n"})
     assert filled == (
         "a\n<!-- options: x -->\nnew\n<!-- end -->\nb\n<!-- options: y -->\nother\n<!-- end -->\n"
     )
-    assert tool.filled(filled, {"x": "new\n", "y": "other\n"}) == filled
+    assert maker.filled(filled, {"x": "new\n", "y": "other\n"}) == filled
 
 
 def test_pages_name_no_option_that_is_not_there() -> None:
     known = {row.long for row in TABLE if row.long}
+    for module in ("template", "clone", "show", "audit"):  # those with options of their own
+        known |= {row.long for row in importlib.import_module(f"torpor.cli.{module}").ROWS}
     known |= {f"no-{row.long}" for row in TABLE if row.kind == "switch"} | {"no"}
     for page in PAGES:
         words = re.findall(r"--([a-z][a-z-]*[a-z])", page.read_text())

@@ -25,8 +25,8 @@ def options_of(*words: str) -> Options:
 def test_every_attribute_has_a_row_and_every_row_an_attribute() -> None:
     named = {row.attr for row in TABLE if row.attr}
     assert named <= ATTRIBUTES.keys()
-    # exec_cmd comes from the words after the verb, progress from a caller in Python.
-    assert ATTRIBUTES.keys() - named == {"exec_cmd", "progress"}
+    # exec_cmd comes from the words after the verb, progress and notify from a caller in Python.
+    assert ATTRIBUTES.keys() - named == {"exec_cmd", "notify", "progress"}
 
 
 def test_rows_are_told_apart() -> None:

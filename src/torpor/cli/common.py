@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..engine.hooks import Action
     from ..options import Options
 
 VERSION = "0.1.0"
@@ -67,7 +68,7 @@ def guarded(command: str, body: Callable[[], int]) -> int:
         return 1
     except TorporError as error:
         _report(error)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt as error:
         say_error(f"{command}: interrupted")
         _die_of(error.number if isinstance(error, Interrupted) else 2)
@@ -88,15 +89,19 @@ def say_error(text: str) -> None:
 
 
 def _report(error: TorporError) -> None:
-    notes = [str(note) for note in getattr(error, "__notes__", ())]
     log.error(str(error))
-    for note in notes:
-        log.warning(note)
+    for note in getattr(error, "__notes__", ()):
+        log.warning(str(note))
     if _Screen.log_fd == 2 or _Screen.silent:
         return
-    err(f"Error: {': '.join([*error.context, error.what])}\n")
-    for line in ([f"hint: {error.hint}"] if error.hint else []) + notes:
-        err(f"  {line}\n")
+    err(shown(error))
+
+
+def shown(error: TorporError) -> str:
+    """An error as people are told of it: a line, and those of its hint and its notes below."""
+    notes = [str(note) for note in getattr(error, "__notes__", ())]
+    below = ([f"hint: {error.hint}"] if error.hint else []) + notes
+    return f"Error: {': '.join([*error.context, error.what])}\n" + "".join(f"  {line}\n" for line in below)
 
 
 def _crashed(command: str, error: Exception) -> int:
@@ -139,6 +144,19 @@ def catch_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
+
+
+def hold_signals(action: Action, held: list[int]) -> None:
+    """To be told of a restore's actions: when the tasks are about to run, and nothing can be taken back any more,
+    signals no longer interrupt it. Those that come are noted in ``held``, for who waits for the tree.
+    """
+    if action.name != "pre-resume":
+        return
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: held.append(number))
 
 
 def default_signals() -> None:

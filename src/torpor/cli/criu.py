@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from .. import log
+from ..collector import Paused
 from ..errors import UsageError
 from ..options import FEATURES, VERBS_NOT_YET, Options, nearest
 from .common import (
@@ -17,6 +18,7 @@ from .common import (
     catch_signals,
     default_signals,
     guarded,
+    hold_signals,
     open_log,
     say_error,
     words_of,
@@ -125,7 +127,8 @@ class NotImplementedYet(UsageError):
 
 def read_options(line: CommandLine) -> tuple[Options, list[str]]:
     """The options of configuration files and the command line, and notes for the log."""
-    options = Options()
+    # CRIU knows of no guests; whoever wants them told says so.
+    options = Options(guest=False)
     notes = read_defaults(
         options,
         criu_grammar(),
@@ -209,7 +212,8 @@ def _warn(options: Options, verb: str, line: CommandLine) -> None:
 
 
 def _dump(options: Options) -> int:
-    from ..engine.dump import dump
+    with Paused():
+        from ..engine.dump import dump
 
     dump(options.pid, options)
     if options.display_stats:
@@ -245,14 +249,18 @@ def dump_statistics(images_dir: str) -> str:
 
 
 def _restore(options: Options) -> int:
-    from ..engine.restore import restore
+    with Paused():
+        from ..engine.restore import restore
 
-    result = restore(options)
+    held: list[int] = []
+    result = restore(options.replace(notify=lambda action: hold_signals(action, held)).freeze())
     if options.display_stats:
         out(f"Displaying restore stats:\nRestore time: {result.total_s * 1e6:.0f} us\n")
     if options.restore_detached:
         return 0
     default_signals()
+    for number in held:
+        os.kill(os.getpid(), number)
     if not options.exec_cmd:
         return _wait_for_children()
     import signal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..collector import Paused
 from ..errors import UsageError
 from ..log import INFO
 from ..options import Options
@@ -57,7 +58,8 @@ def main(words: list[str]) -> int:
     with Progress() as progress:
         options.progress = progress
         progress(f"dumping {options.pid}")
-        from ..engine.dump import dump
+        with Paused():
+            from ..engine.dump import dump
 
         result = dump(options.pid, options.freeze())
     bytes_used = _disk_use(options.images_dir)
@@ -82,6 +84,7 @@ def _as_json(result: DumpResult, bytes_used: int) -> dict[str, object]:
         "mappings": result.mappings,
         "files": result.files,
         "pages": result.pages,
+        "early_pages": result.early_pages,
         "page_bytes": PAGE_BYTES,
         "image_bytes": bytes_used,
         "frozen_s": result.frozen_s,
@@ -100,6 +103,7 @@ def _summary(options: Options, result: DumpResult, bytes_used: int) -> str:
         ("mappings", f"{result.mappings:,}"),
         ("files", f"{result.files:,}"),
         ("pages", f"{result.pages:,} ({size(result.pages * PAGE_BYTES)})"),
+        *([("copied early", size(result.early_pages * PAGE_BYTES))] if result.early_pages else []),
         ("on disk", size(bytes_used)),
         ("frozen", seconds(result.frozen_s)),
         ("in all", seconds(result.total_s)),

@@ -9,7 +9,7 @@ required one may follow, options and other words may come in any order, and ``--
 from __future__ import annotations
 
 from ..errors import UsageError
-from ..options import TABLE, nearest
+from ..options import OURS_IN_CRIU, TABLE, nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,9 +65,11 @@ class Grammar:
         return first
 
 
+
+
 def criu_grammar() -> Grammar:
     """The grammar of the ``criu`` command: the whole table, of what is ours only what it cannot do without."""
-    return Grammar(row for row in TABLE if not row.ours or row.long == "share-pages")
+    return Grammar(row for row in TABLE if not row.ours or row.long in OURS_IN_CRIU)
 
 
 def scan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..options import GROUPS, OPTIONS_NOT_YET, VERBS_NOT_YET
+from ..options import GROUPS, OPTIONS_NOT_YET, OURS_IN_CRIU, VERBS_NOT_YET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ RES names something outside of the tree. When dumping:
 When restoring with --external:
   mnt[NAME]:PATH, dev[NAME]:PATH, veth[IN]:OUT@BRIDGE, macvlan[IN]:OUT, netdev[IN]:OUT
 When restoring with --inherit-fd fd[N]:...:
-  tty[RDEV:DEV], pipe[INODE], socket[INODE], file[MNT_ID:INODE], NAME, path/without/first/slash
+  tty[RDEV:DEV], pipe:[INODE], socket:[INODE], file[MNT_ID:INODE], NAME, path/without/first/slash
+With --remap-address OLD and NEW are ADDRESS, ADDRESS:PORT ([IPV6]:PORT) or :PORT, as in
+  10.0.0.1=10.0.0.2, 10.0.0.1:80=:8080, :80=:8080
+or both names of unix sockets: /run/a.sock=/run/b.sock, @a=@b
 
 Configuration files, each overriding the one before: /etc/criu/default.conf,
 $HOME/.criu/default.conf, $CRIU_CONFIG_FILE, --config FILE. One option a line, without dashes:
@@ -124,5 +127,5 @@ Examples:
 def criu_help(version: str) -> str:
     """The whole text of ``criu --help``."""
     before = CRIU_BEFORE.format(criu=version, short=criu_usage())
-    options = option_list(lambda row: (not row.ours or row.long == "share-pages") and row.long != "ms")
+    options = option_list(lambda row: (not row.ours or row.long in OURS_IN_CRIU) and row.long != "ms")
     return f"{before}\n{options}\n{CRIU_AFTER}"

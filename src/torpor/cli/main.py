@@ -11,9 +11,14 @@ from .terminal import keep_standard_descriptors, out
 VERBS = {
     "dump": ("torpor.cli.dump", "freeze a tree of processes into a directory of images"),
     "restore": ("torpor.cli.restore", "wake it up again"),
+    "template": ("torpor.cli.template", "hold a snapshot ready to be copied"),
+    "clone": ("torpor.cli.clone", "make copies of a template, in a few milliseconds each"),
     "check": ("torpor.cli.check", "say what this kernel can do, or what stands in a dump's way"),
     "show": ("torpor.cli.show", "show what is in a snapshot"),
     "plain": ("torpor.cli.plain", "copy a snapshot in the form that CRIU reads"),
+    "audit": ("torpor.cli.audit", "say what copies of a snapshot would share"),
+    "guest": ("torpor.cli.guest", "start a program that takes part in snapshots by descriptors"),
+    "generation": ("torpor.cli.generation", "make a file that tells programs of wake-ups"),
     "crit": ("torpor.cli.crit", "turn image files into JSON and back"),
     "criu": ("torpor.cli.criu", "be the criu command, for whoever expects that one"),
 }
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def help_text() -> str:
     """What ``torpor --help`` prints."""
-    verbs = "".join(f"  torpor {name:<10}{summary}\n" for name, (_, summary) in VERBS.items())
+    verbs = "".join(f"  torpor {name:<11}{summary}\n" for name, (_, summary) in VERBS.items())
     return HELP.format(verbs=verbs, criu=CRIU_VERSION)
 
 

@@ -99,4 +99,8 @@ def settle_paths(options: Options, default_log: str = "") -> None:
         options.log_file = os.path.join(options.work_dir, default_log)
     if options.pidfile:
         options.pidfile = os.path.abspath(options.pidfile)
+    options.overlay = tuple(os.path.abspath(one) for one in options.overlay)
+    if options.overlay_upper:
+        options.overlay_upper = os.path.abspath(options.overlay_upper)
+    options.action_script = tuple(os.path.abspath(one) if "/" in one else one for one in options.action_script)
     options.unprivileged = os.geteuid() != 0

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 
+from ..collector import Paused
 from ..errors import UsageError
 from ..options import Options
-from .common import catch_signals, open_log
+from .common import catch_signals, hold_signals, open_log
 from .parse import VerbHelp, parse, settle_paths
 from .terminal import Progress, out, out_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 HELP = VerbHelp(
     "restore",
@@ -39,19 +44,26 @@ def main(words: list[str]) -> int:
     options.validate("restore")
     settle_paths(options)
     open_log(options)
+    if options.audit:
+        from .audit import show
+
+        return show(options, as_json=options.json, strict=options.strict)
     if options.explain:
         return _explain(options)
     catch_signals()
+    held: list[int] = []
+    options.notify = lambda action: hold_signals(action, held)
     with Progress() as progress:
         options.progress = progress
         progress(f"restoring {options.images_dir}")
-        from ..engine.restore import restore
+        with Paused():
+            from ..engine.restore import restore
 
         result = restore(options.freeze())
     if options.json:
-        out_json({"pid": result.pid})
+        out_json({"pid": result.pid, **({"written_to": result.written_to} if result.written_to else {})})
     if not options.restore_detached:
-        return wait_for(result.pid)
+        return wait_for(result.pid, result.waits_for, held)
     if not options.json:
         out(f"{result.pid}\n")
     return 0
@@ -65,8 +77,11 @@ def _explain(options: Options) -> int:
     return 0
 
 
-def wait_for(pid: int) -> int:
-    """Wait for a child as if it were this process: pass on signals, return its exit status.
+def wait_for(pid: int, child: int, held: Sequence[int] = ()) -> int:
+    """Wait for ``child`` as if it were this process: pass on signals (and those ``held`` until now) to ``pid``, return
+    the exit status.
+
+    The child is ``pid`` itself or the init of its pid namespace, which ends with it.
 
     A child that died of a signal gives 128 plus its number, as in a shell.
     """
@@ -81,11 +96,16 @@ def wait_for(pid: int) -> int:
     def leave(number: int, frame: object) -> None:
         """The terminal has sent it to the child as well: they are in one process group."""
 
-    with_us = os.getpgid(pid) == os.getpgrp()
+    try:
+        with_us = os.getpgid(pid) == os.getpgrp()
+    except ProcessLookupError:
+        with_us = False  # it has ended, and its init has taken its status
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, leave if with_us else forward)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, forward)
-    _, status = os.waitpid(pid, 0)
+    for each in held:
+        os.kill(os.getpid(), each)
+    _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code

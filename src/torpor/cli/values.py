@@ -73,12 +73,17 @@ def _port(options: Options, row: Option, text: str, negated: bool) -> None:
     options.port = whole(text)
 
 
-def _size(options: Options, row: Option, text: str, negated: bool) -> None:
+def bytes_of(text: str) -> int:
+    """A number of bytes, or of K, M or G of them. Raises ValueError."""
     shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
     size = whole(text[:-1] if shift else text)
     if size < 0:
         raise ValueError(f"`{text}` is negative")
-    setattr(options, row.attr, size << shift)
+    return size << shift
+
+
+def _size(options: Options, row: Option, text: str, negated: bool) -> None:
+    setattr(options, row.attr, bytes_of(text))
 
 
 def _choice(options: Options, row: Option, text: str, negated: bool) -> None:
@@ -219,6 +224,12 @@ def _inherit_fd(options: Options, row: Option, text: str, negated: bool) -> None
     options.inherit_fd = (*options.inherit_fd, (fd, key))
 
 
+def _remap_address(options: Options, row: Option, text: str, negated: bool) -> None:
+    from ..resources.unix_remap import check
+
+    options.remap_address = (*options.remap_address, check(text))
+
+
 def _join_ns(options: Options, row: Option, text: str, negated: bool) -> None:
     kind, _, rest = text.partition(":")
     where, _, extra = rest.partition(",")
@@ -237,8 +248,18 @@ def _cgroup_root(options: Options, row: Option, text: str, negated: bool) -> Non
     options.cgroup_root = (*options.cgroup_root, pair)
 
 
+def _argument(options: Options, row: Option, text: str, negated: bool) -> None:
+    options.argument = os.fsencode(text)
+    if text == "-":
+        given = bytearray()
+        while len(given) <= table.ARGUMENT_BYTES and (chunk := os.read(0, 1 << 16)):
+            given += chunk
+        options.argument = bytes(given)
+
+
 KINDS: dict[str, Callable[[Options, Option, str, bool], None]] = {
     "append": _append,
+    "argument": _argument,
     "cgroup_mode": _cgroup_mode,
     "cgroup_root": _cgroup_root,
     "check_all": _check_all,
@@ -260,6 +281,7 @@ KINDS: dict[str, Callable[[Options, Option, str, bool], None]] = {
     "number": _number,
     "port": _port,
     "positive": _positive,
+    "remap_address": _remap_address,
     "removed": _removed,
     "size": _size,
     "switch": _switch,
