@@ -19,12 +19,30 @@ PYTHON
     return 1
 }
 
-# need COMMAND PACKAGE…: install Debian packages where a command is missing.
+# need COMMAND:PACKAGE…: install those Debian packages whose command is missing, in one go; services among them are
+# not started.
 need() {
-    local command=$1
-    shift
-    command -v "$command" >/dev/null && return
-    install_packages "$@"
+    local pair missing=()
+    for pair in "$@"; do
+        command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    without_services install_packages "${missing[@]}"
+}
+
+# without_services COMMAND…: packages that COMMAND installs ask this program whether they may start (deb-policy-rc.d).
+without_services() {
+    local policy=/usr/sbin/policy-rc.d
+    if [ -e "$policy" ] || [ "$(id -u)" != 0 ]; then
+        "$@"
+        return
+    fi
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+    trap "rm -f $policy" EXIT
+    "$@"
+    rm -f "$policy"
+    trap - EXIT
 }
 
 install_packages() {

@@ -10,10 +10,21 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
-from kit import Command, CommandResult, Library, Peer, Targets, Untouched, Verbs, run_criu
+from kit import Again, Clone, Command, CommandResult, Library, OwnPids, Peer, Targets, Untouched, Verbs, run_criu
 from kit.host import become_subreaper, descendants, end_descendants
+
+# The same examples in every run, so that a run says something about a change; others in a campaign. No limit of time: a
+# busy machine is no defect.
+hypothesis.settings.register_profile(
+    "torpor",
+    deadline=None,
+    derandomize="TORPOR_CAMPAIGN" not in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("torpor")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,12 +75,13 @@ def verbs(request: pytest.FixtureRequest) -> Verbs:
 
     TORPOR_TEST_VIA chooses the ways. ``untouched`` does nothing: every test has to pass that way.
     ``criu:PATH`` is CRIU itself: what it does not pass is either something that only Torpor can do,
-    or a test that is wrong.
+    or a test that is wrong. ``own-pids``: as a library, into a pid namespace for each restore; ``clone``: from a template;
+    ``again``: that copy is dumped and cloned once more.
     """
     way, _, path = request.param.partition(":")
     if way == "criu":
         return Peer(path)
-    kinds: dict[str, type[Verbs]] = {k.name: k for k in (Library, Command, Untouched)}
+    kinds: dict[str, type[Verbs]] = {k.name: k for k in (Library, Command, Untouched, OwnPids, Clone, Again)}
     return kinds[way]()
 
 

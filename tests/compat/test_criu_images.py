@@ -19,7 +19,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kit import Command, Library, Peer, Target, Targets, Verbs, assert_same, observe_tree, wait_until
+from kit import Command, Library, Peer, Target, Targets, Verbs, assert_same, compile_c, observe_tree, wait_until
+from kit.files import slurp
+from kit.host import descendants, reap
+from torpor.images.store import ImageReader
 
 PEER = os.environ.get("TORPOR_PEER_CRIU", "")
 
@@ -42,6 +45,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("way", WAYS if PEER else [], ids=str)
 
 
+def _pids(images: str) -> list[int]:
+    fd = os.open(images, os.O_RDONLY)
+    try:
+        return [entry.pid for entry in ImageReader(fd).read_all("pstree")]
+    finally:
+        os.close(fd)
+
+
 class TestExchange:
     """Each program is dumped by one, restored by the other, and asked whether it is content."""
 
@@ -54,7 +65,10 @@ class TestExchange:
         target.pids()
         before = observe_tree(target.pid)
         dumper.dump(target.pid, images, **options)
+        target.seen.update(_pids(images))  # those that were born between our look and the dump have to be reaped as well
         target.wait_gone()
+        # Those that were born after they had been counted are ours to reap: their numbers would be in use.
+        reap(descendants(os.getpid()))
         assert restorer.restore(images, **options) == target.pid
         assert target.alive(), "restored, and dead"
         assert_same(before, observe_tree(target.pid), ignore)
@@ -101,6 +115,20 @@ class TestExchange:
         self.check(way, target, images, file_locks=True)
         target.go()
 
+    def test_a_pid_namespace(self, way: str, start: Targets, images: str) -> None:
+        outer = start.command("unshare", "--pid", "--fork", compile_c(INIT), wait=True)
+        target = Target.__new__(Target)
+        target.folder, target.argv = outer.folder, outer.argv
+        _, target.pid, child = outer.pids()
+        target.seen = {target.pid, child}
+        dumper, restorer = WAYS[way]()
+        dumper.dump(target.pid, images)
+        for pid in target.seen:
+            wait_until("it is gone", lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
+        target.pid = restorer.restore(images)
+        assert os.readlink(f"/proc/{target.pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
+        target.go()
+
     def test_pages_stored_once_are_refused_by_criu(self, way: str, start: Targets, images: str) -> None:
         """They would be zeroes for a reader who does not know where they are."""
         if way != "torpor-criu":
@@ -140,6 +168,94 @@ class TestExchange:
         self.check(way, target, images)
         target.go()
 
+    def test_bpf_maps(self, way: str, start: Targets, images: str) -> None:
+        if b"libbpf" not in slurp(PEER):
+            pytest.skip("CRIU was built without libbpf (apt install libbpf-dev, and build it again)")
+        target = start.c(BPF_MAPS)
+        self.check(way, target, images, "*/map_id", "*/memlock")
+        target.go()
+
+    def test_datagrams_that_wait_do_not_disturb_criu(self, way: str, start: Targets, images: str) -> None:
+        """It drops them, and does not mind that they are in the images."""
+        target = start.python(DATAGRAMS)
+        self.check(way, target, images, "*/unread")
+        target.go()
+
+
+BPF_MAPS = """
+#include <linux/bpf.h>
+
+static long bpf(int command, union bpf_attr *attr) { return syscall(SYS_bpf, command, attr, sizeof(*attr)); }
+
+static const struct kind { const char *name; int type, flags, entries, filled, frozen; } kinds[] = {
+	{"table", BPF_MAP_TYPE_HASH, BPF_F_NO_PREALLOC, 5000, 4000, 0}, {"array", BPF_MAP_TYPE_ARRAY, 0, 50, 20, 0},
+	{"frozen", BPF_MAP_TYPE_HASH, 0, 9, 3, 1}, {"readable", BPF_MAP_TYPE_ARRAY, BPF_F_RDONLY_PROG, 3, 3, 0},
+	{"mapped", BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE, 1000, 1000, 0}, {"empty", BPF_MAP_TYPE_HASH, 0, 7, 0, 0},
+};
+enum { KINDS = sizeof(kinds) / sizeof(kinds[0]) };
+
+static long element(int command, int fd, uint32_t key, uint64_t *value, int flags)
+{
+	union bpf_attr attr = {.map_fd = fd, .key = (uintptr_t)&key, .value = (uintptr_t)value, .flags = flags};
+	return bpf(command, &attr);
+}
+
+int main(void)
+{
+	int fds[KINDS];
+
+	for (int i = 0; i < KINDS; i++) {
+		const struct kind *kind = &kinds[i];
+		union bpf_attr attr = {.map_type = kind->type, .key_size = 4, .value_size = 8, .max_entries = kind->entries,
+				       .map_flags = kind->flags};
+		strcpy(attr.map_name, kind->name);
+		fds[i] = MUST(bpf(BPF_MAP_CREATE, &attr));
+		for (int key = 0; key < kind->filled; key++) {
+			uint64_t value = 100000 * (i + 1) + key;
+			MUST(element(BPF_MAP_UPDATE_ELEM, fds[i], key, &value, 0));
+		}
+		union bpf_attr freeze = {.map_fd = fds[i]};
+		if (kind->frozen)
+			MUST(bpf(BPF_MAP_FREEZE, &freeze));
+	}
+	ready();
+	wait_told("go");
+	for (int i = 0; i < KINDS; i++) {
+		const struct kind *kind = &kinds[i];
+		struct bpf_map_info info = {0};
+		union bpf_attr ask = {.info = {.bpf_fd = fds[i], .info_len = sizeof(info), .info = (uintptr_t)&info}};
+		uint64_t value = 5;
+
+		MUST(bpf(BPF_OBJ_GET_INFO_BY_FD, &ask));
+		CHECK_EQ(info.type, kind->type);
+		CHECK_EQ(info.map_flags, kind->flags);
+		CHECK_EQ(info.max_entries, kind->entries);
+		CHECK(!strcmp(info.name, kind->name));
+		for (int key = 0; key < kind->filled; key++) {
+			MUST(element(BPF_MAP_LOOKUP_ELEM, fds[i], key, &value, 0));
+			CHECK_EQ(value, 100000 * (i + 1) + key);
+		}
+		if (kind->type == BPF_MAP_TYPE_HASH && !kind->frozen) {
+			CHECK(element(BPF_MAP_LOOKUP_ELEM, fds[i], 4999 + kind->entries, &value, 0) < 0 && errno == ENOENT);
+			MUST(element(BPF_MAP_UPDATE_ELEM, fds[i], 70000, &value, BPF_NOEXIST));
+		}
+		if (kind->frozen)
+			CHECK(element(BPF_MAP_UPDATE_ELEM, fds[i], 0, &value, 0) < 0 && errno == EPERM);
+	}
+	pass();
+}
+"""
+
+DATAGRAMS = """
+from socket import *
+s, t = socket(AF_INET, SOCK_DGRAM), socket(AF_INET, SOCK_DGRAM)
+s.bind(("127.0.0.1", 0)); t.sendto(b"waits", s.getsockname()); s.setblocking(False)
+ready(); wait_told("go")
+try: first = s.recv(99)
+except BlockingIOError: first = b"dropped"
+t.sendto(b"later", s.getsockname()); s.settimeout(5)
+done(first in (b"waits", b"dropped") and s.recv(99) == b"later", f"{first}")
+"""
 
 PYTHON = """
 import threading
@@ -548,6 +664,29 @@ int main(void)
 		CHECK(good);
 		CHECK(counts[i] > 0);
 	}
+	pass();
+}
+"""
+
+
+INIT = """
+int main(void)
+{
+	int child, status;
+
+	CHECK_EQ(getpid(), 1);
+	MUST(setsid());
+	if ((child = MUST(fork())) == 0) {
+		wait_told("go");
+		_exit(getpid() == 2 && getppid() == 1 ? 4 : 5);
+	}
+	ready();
+	wait_told("go");
+	CHECK_EQ(getpid(), 1);
+	CHECK_EQ(getsid(0), 1);
+	CHECK_EQ(child, 2);
+	CHECK_EQ(waitpid(child, &status, 0), child);
+	CHECK_EQ(WEXITSTATUS(status), 4);
 	pass();
 }
 """

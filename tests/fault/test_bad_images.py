@@ -397,7 +397,7 @@ def test_good(good: GoodSet) -> None:
 
 @pytest.mark.timeout(60 + EXAMPLES)
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+    max_examples=EXAMPLES, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(changes=st.lists(CHANGE, min_size=1, max_size=2))

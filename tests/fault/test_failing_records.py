@@ -37,6 +37,24 @@ int main(void)
 	for (;;) pause();
 }
 """
+SPACES = """
+int main(void)
+{
+	if (fork() == 0)
+		for (;;) pause();
+	MUST(unshare(CLONE_NEWPID));
+	if (fork() == 0) {
+		if (fork() == 0)
+			for (;;) pause();
+		for (;;) pause();
+	}
+	if (fork() == 0)
+		for (;;) pause();
+	usleep(50000);
+	ready();
+	for (;;) pause();
+}
+"""
 NO_SUCH_CALL = 100_000  # ENOSYS, which no record tolerates
 
 
@@ -59,10 +77,11 @@ class Broken:
         arena.memory[start : start + len(content)] = content
 
 
-@pytest.fixture
-def dead(start: Targets, images: str) -> Target:
-    target = start.c(FAMILY)
-    wait_until("all are there", lambda: len(target.pids()) == 3)
+@pytest.fixture(params=[(FAMILY, 3), (SPACES, 5)], ids=["family", "pid-namespaces"])
+def dead(request: pytest.FixtureRequest, start: Targets, images: str) -> Target:
+    source, count = request.param
+    target = start.c(source)
+    wait_until("all are there", lambda: len(target.pids()) == count)
     torpor.dump(target.pid, images)
     target.wait_gone()
     return target

@@ -1,8 +1,9 @@
 """The test kit: programs to be snapshotted, observers of their state, and faults to inject.
 
 Nothing in here uses Torpor's own code to look at a task: what the engine believes about a task must
-not decide whether the engine was right. Only :mod:`kit.verbs` (which runs Torpor) and
-:mod:`kit.faults` (which breaks it) import it.
+not decide whether the engine was right. Only :mod:`kit.verbs` (which runs Torpor), :mod:`kit.file_bench` (which runs
+one resource of it), :mod:`kit.faults` and :mod:`kit.campaign` (which break it) and :mod:`kit.images` (which changes what
+it has written) import it.
 """
 
 from .faults import Faults, for_every_call
@@ -17,13 +18,29 @@ from .observe import (
 )
 from .programs import compile_c
 from .target import Target, Targets
-from .verbs import Command, CommandResult, Library, Peer, Untouched, Verbs, round_trip, run_criu, run_torpor
+from .verbs import (
+    Again,
+    Clone,
+    Command,
+    CommandResult,
+    Library,
+    OwnPids,
+    Peer,
+    Untouched,
+    Verbs,
+    round_trip,
+    run_criu,
+    run_torpor,
+)
 
 __all__ = [
+    "Again",
+    "Clone",
     "Command",
     "CommandResult",
     "Faults",
     "Library",
+    "OwnPids",
     "Peer",
     "Target",
     "Targets",

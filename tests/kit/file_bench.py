@@ -92,7 +92,7 @@ class Bench:
         self.building = BuildContext(self.options.replace(**options), reader, undo)
         self.building.first_free_fd = 200
         for entry in reader.files():
-            resource = self.kinds.by_type[entry.type]
+            resource = self.kinds.of_type(entry.type)
             self.building.files[entry.id] = (resource, getattr(entry, resource.FIELD))
         return self.building
 
@@ -163,3 +163,21 @@ def in_child(work: Callable[[], object]) -> None:
     os.close(read_end)
     _, status = os.waitpid(pid, 0)
     assert status == 0, text.decode()
+
+
+def alone_after(prepare: Callable[[], object]) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A decorator: the test runs in a forked child, after ``prepare`` has."""
+
+    def decorate(test: Callable[[], None]) -> Callable[[], None]:
+        def work() -> None:
+            prepare()
+            test()
+
+        def run() -> None:
+            in_child(work)
+
+        run.__name__ = test.__name__
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate

@@ -33,6 +33,15 @@ def stat_fields(pid: int) -> list[str] | None:
     return [number.strip(), name, *tail.split()]
 
 
+def open_links(pid: int) -> list[str]:
+    """What a process has open, as /proc shows it; what it opens and closes meanwhile may be missing."""
+    links = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return links
+
+
 def start_time(pid: int) -> int | None:
     """Clock ticks after boot at which ``pid`` started: tells two bearers of one number apart."""
     fields = stat_fields(pid)
@@ -62,7 +71,7 @@ def reap(pids: list[int]) -> None:
     for pid in pids:
         try:
             threads = [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # gone before, or as it is read
             threads = []
         for tid in [*(tid for tid in threads if tid != pid), pid]:
             with contextlib.suppress(ChildProcessError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 from .files import slurp_text
 from .observe import assert_same, observe_settled, observe_tree
@@ -13,6 +15,19 @@ from .target import Target
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SOURCES = os.path.join(ROOT, "src")
+
+
+def tool(name: str) -> Any:
+    """The module tools/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, os.path.join(ROOT, "tools", f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before  # tools put the sources there, for who has not installed them
+    return module
 
 
 class CommandResult:
@@ -80,6 +95,8 @@ class Verbs:
     """Dump and restore in one of the ways that users have; options have the names of the RPC."""
 
     name = ""
+    #: Does whoever is outside see the restored tasks under the numbers that they had?
+    same_pids = True
 
     def dump(self, pid: int, images: object, **options: object) -> None:
         raise NotImplementedError
@@ -116,6 +133,55 @@ class Library(Verbs):
         import torpor
 
         return int(torpor.restore(str(images), **options).pid)  # type: ignore[attr-defined]
+
+
+class OwnPids(Library):
+    """Restored into a pid namespace of its own."""
+
+    name = "own-pids"
+    same_pids = False
+
+    def restore(self, images: object, **options: object) -> int:
+        return super().restore(images, own_pids=True, **options)
+
+
+class Clone(Library):
+    """Restored as a copy of a template, which ends before the copy is looked at."""
+
+    name = "clone"
+    same_pids = False
+
+    def restore(self, images: object, **options: object) -> int:
+        import torpor
+
+        with torpor.template(str(images), **options) as template:
+            return int(template.clone().pid)
+
+
+class Again(Library):
+    """A copy of a template, dumped like any other process, and its snapshot cloned in turn."""
+
+    name = "again"
+    same_pids = False
+
+    def __init__(self) -> None:
+        self.options: dict[str, object] = {}
+
+    def dump(self, pid: int, images: object, **options: object) -> None:
+        self.options = {name: value for name, value in options.items() if not name.startswith("leave_")}
+        super().dump(pid, images, **options)
+
+    def restore(self, images: object, **options: object) -> int:
+        import torpor
+
+        second = os.path.join(str(images), "again")
+        os.mkdir(second)
+        with torpor.template(str(images), **options) as template:
+            copy = template.clone()
+            torpor.dump(copy.pid, second, **self.options)
+            copy.wait()
+        with torpor.template(second, **options) as template:
+            return int(template.clone().pid)
 
 
 class Command(Verbs):
@@ -159,7 +225,10 @@ def round_trip(
         return
     verbs.dump(target.pid, images, **(dump or {}))
     target.wait_gone()
-    assert verbs.restore(images, **(restore or {})) == target.pid
+    pid = verbs.restore(images, **(restore or {}))
+    if verbs.same_pids:
+        assert pid == target.pid
+    target.pid = pid
     assert target.alive(), "restored, and dead"
-    if compare:
+    if compare and verbs.same_pids:
         assert_same(before, observe_tree(target.pid), ignore)
