@@ -128,3 +128,130 @@ int main(int argc, char **argv)
 	pass();
 }
 """
+
+
+# argv[1]: how many. Both ends of all connections are its own; every tenth has something in flight.
+CONNECTIONS = """
+#include <netinet/in.h>
+#include <sys/socket.h>
+int main(int argc, char **argv)
+{
+	int count = atoi(argv[argc - 1]), listener = MUST(socket(AF_INET, SOCK_STREAM, 0));
+	struct sockaddr_in name = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	socklen_t length = sizeof(name);
+	int *ends = calloc(2 * count, sizeof(int));
+	char text[8];
+
+	MUST(bind(listener, (struct sockaddr *)&name, length));
+	MUST(listen(listener, 64));
+	MUST(getsockname(listener, (struct sockaddr *)&name, &length));
+	for (int i = 0; i < count; i++) {
+		ends[2 * i] = MUST(socket(AF_INET, SOCK_STREAM, 0));
+		MUST(connect(ends[2 * i], (struct sockaddr *)&name, length));
+		ends[2 * i + 1] = MUST(accept(listener, NULL, NULL));
+		if (i % 10 == 0)
+			MUST(write(ends[2 * i], "hello", 5));
+	}
+	ready();
+	wait_told("go");
+	for (int i = 0; i < count; i++) {
+		if (i % 10)
+			MUST(write(ends[2 * i], "hello", 5));
+		CHECK_EQ(read(ends[2 * i + 1], text, 5), 5);
+		CHECK(memcmp(text, "hello", 5) == 0);
+		MUST(write(ends[2 * i + 1], "back", 4));
+		CHECK_EQ(read(ends[2 * i], text, 4), 4);
+	}
+	pass();
+}
+"""
+
+# argv[1]: how many, argv[2]: the port of somebody outside who sends back what it gets.
+CLIENT = """
+#include <arpa/inet.h>
+#include <sys/socket.h>
+int main(int argc, char **argv)
+{
+	int count = atoi(argv[argc - 2]);
+	struct sockaddr_in name = { .sin_family = AF_INET, .sin_port = htons(atoi(argv[argc - 1])) };
+	int *ends = calloc(count, sizeof(int));
+	char text[8];
+
+	name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	for (int i = 0; i < count; i++) {
+		ends[i] = MUST(socket(AF_INET, SOCK_STREAM, 0));
+		MUST(connect(ends[i], (struct sockaddr *)&name, sizeof(name)));
+		MUST(write(ends[i], "hello", 5));
+		CHECK_EQ(read(ends[i], text, 5), 5);
+	}
+	ready();
+	wait_told("go");
+	for (int i = 0; i < count; i++) {
+		MUST(write(ends[i], "again", 5));
+		CHECK_EQ(read(ends[i], text, 5), 5);
+		CHECK(memcmp(text, "again", 5) == 0);
+	}
+	pass();
+}
+"""
+
+# argv[1]: how many descriptors. Half of them are files, each by a description of its own, some are pipes (CRIU takes
+# a thousand at most), the rest eventfds, half of them twice.
+DESCRIPTORS = """
+#include <sys/eventfd.h>
+int main(int argc, char **argv)
+{
+	int count = atoi(argv[argc - 1]), pipes[256][2], *events = calloc(count, sizeof(int)), first = 0;
+	char name[20];
+	uint64_t value;
+
+	for (int i = 0; i < count / 2; i++) {
+		snprintf(name, sizeof(name), "file%d", i % 100);
+		int fd = MUST(open(name, O_RDWR | O_CREAT, 0600));
+		first = first ? first : fd;
+		MUST(lseek(fd, i, SEEK_SET));
+	}
+	for (int i = 0; i < 256; i++) {
+		MUST(pipe(pipes[i]));
+		MUST(write(pipes[i][1], "x", 1));
+	}
+	for (int i = 0; i < count / 4 - 256; i++) {
+		events[i] = MUST(eventfd(i + 1, 0));
+		MUST(dup(events[i]));
+	}
+	ready();
+	wait_told("go");
+	for (int i = 0; i < count / 2; i++)
+		CHECK_EQ(lseek(first + i, 0, SEEK_CUR), i);
+	for (int i = 0; i < 256; i++)
+		CHECK_EQ(read(pipes[i][0], name, 2), 1);
+	for (int i = 0; i < count / 4 - 256; i++) {
+		CHECK_EQ(read(events[i] + 1, &value, 8), 8);
+		CHECK_EQ(value, i + 1);
+	}
+	pass();
+}
+"""
+
+# argv[1]: how many watches.
+WATCHES = """
+#include <sys/inotify.h>
+int main(int argc, char **argv)
+{
+	int count = atoi(argv[argc - 1]), watcher = MUST(inotify_init1(IN_NONBLOCK)), last = 0;
+	char name[20];
+	struct inotify_event event;
+
+	for (int i = 0; i < count; i++) {
+		snprintf(name, sizeof(name), "watched%d", i);
+		close(MUST(open(name, O_RDWR | O_CREAT, 0600)));
+		last = MUST(inotify_add_watch(watcher, name, IN_ATTRIB));
+	}
+	ready();
+	wait_told("go");
+	MUST(chmod(name, 0644));
+	CHECK_EQ(read(watcher, &event, sizeof(event)), sizeof(event));
+	CHECK_EQ(event.wd, last);
+	pass();
+}
+"""
