@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,29 @@ def test_a_guard_that_is_killed_when_it_has_started_a_pager(
     guards = named("torpor-guard")
     os.kill(named("torpor-pager")[0], signal.SIGKILL)
     wait_until("both are others", lambda: named("torpor-pager") and set(named("torpor-guard")).isdisjoint(guards))
+    target.tell("go")
+    target.tell("enough")
+    wait_until("it says how it was", lambda: target.read("result"), timeout=60)
+    assert target.read("result") == "pass\n"
+
+
+def test_a_pager_that_is_killed_as_it_hears_that_the_tasks_run(
+    start: Targets, images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The restore says so once. Who comes after this pager must know."""
+    from torpor.engine import paging
+
+    target = start.c(BUSY)
+    torpor.dump(target.pid, images)
+    target.wait_gone()
+    await_release = paging.Wanted.await_release
+
+    def killed(self: paging.Wanted, *book: Any) -> None:
+        await_release(self, *book)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(paging.Wanted, "await_release", killed)
+    target.pid = torpor.restore(images, map=True, map_lazy=True).pid
     target.tell("go")
     target.tell("enough")
     wait_until("it says how it was", lambda: target.read("result"), timeout=60)

@@ -56,6 +56,13 @@ class Journal:
         """Set a flag."""
         self._memory[which] = value
 
+    def receive(self, which: int, fd: int) -> bool:
+        """Set a flag to the next byte that comes from ``fd``; False: there is none to come. It is never lost: who dies
+        here has either not taken it yet or has set the flag. Raises OSError.
+        """
+        with memoryview(self._memory)[which : which + 1] as target:
+            return os.readv(fd, [target]) == 1
+
     @property
     def full(self) -> bool:
         """Is it time for a new state?"""

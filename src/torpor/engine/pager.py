@@ -474,7 +474,7 @@ class _Service:
         while self.pager.spaces:
             self._turn()
         if not book.flag(journal.RELEASED):
-            wanted.await_release()
+            wanted.await_release(book)
         log.info(f"pager: everything is in place after {time.monotonic() - self.started:.3f} s")
 
     def _turn(self) -> None:
@@ -512,8 +512,7 @@ class _Service:
             self._new_guard()
         elif fd == wanted.control:
             self.poller.unregister(fd)
-            wanted.await_release()
-            self.book.set(journal.RELEASED)
+            wanted.await_release(self.book)
         else:
             for space in list(self.pager.spaces.values()):
                 if space.fd == fd:

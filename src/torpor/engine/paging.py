@@ -17,11 +17,13 @@ from ..errors import KernelError, TaskGone, Unsupported
 from ..linux import sockets
 from ..proc import smaps as proc_smaps
 from ..proc.read import read, read_system
+from . import journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from .journal import Journal
     from .pager import Pager
     from .pending import Piece
 
@@ -64,9 +66,9 @@ class Wanted:
         pager.write()
         os.write(self.control, READY)
 
-    def await_release(self) -> None:
-        """Wait until the tasks are let go. Raises Abandoned."""
-        if os.read(self.control, 1) != RELEASE:
+    def await_release(self, book: Journal) -> None:
+        """Wait until the tasks are let go, which the journal then says. Raises Abandoned."""
+        if not book.receive(journal.RELEASED, self.control):
             raise Abandoned
 
     def asked(self, pager: Pager) -> bool:
