@@ -184,10 +184,10 @@ def test_restore_passes_on_signals(torpor) -> None:
 
 
 def wait_until_it_waits(pid: int) -> None:
-    """Until the command is in waitpid(2): 61 is wait4."""
+    """Until the command is in sigwait(3): 128 is rt_sigtimedwait."""
     while True:
         with open(f"/proc/{pid}/syscall", encoding="ascii") as file:
-            if file.read().split()[0] == "61":
+            if file.read().split()[0] == "128":
                 return
 
 

@@ -87,25 +87,27 @@ def wait_for(pid: int, child: int, held: Sequence[int] = ()) -> int:
     """
     import signal
 
-    def forward(number: int, frame: object) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-
-    def leave(number: int, frame: object) -> None:
-        """The terminal has sent it to the child as well: they are in one process group."""
-
     try:
         with_us = os.getpgid(pid) == os.getpgrp()
     except ProcessLookupError:
         with_us = False  # it has ended, and its init has taken its status
-    for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, leave if with_us else forward)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, forward)
-    for each in held:
-        os.kill(os.getpid(), each)
-    _, status = os.waitpid(child, 0)
+    # What the terminal sends to us it has sent to the child as well, if they are in one process group.
+    ours = {signal.SIGINT, signal.SIGQUIT} if with_us else set()
+    heard = {
+        signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD
+    }  # fmt: skip
+    # Blocked and waited for: a handler would not be run if one came just before we waited.
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    coming = list(held)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        number = coming.pop(0) if coming else signal.sigwait(heard)
+        if number not in (signal.SIGCHLD, *ours):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
