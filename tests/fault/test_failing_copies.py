@@ -17,7 +17,7 @@ import pytest
 import torpor
 from kit import Targets, compile_c, diff, host_state, wait_until
 from kit.apart import AS_INIT, inside
-from kit.campaign import KINDS, OWN, TREE, Outcome, count_calls, places
+from kit.campaign import KINDS, OWN, TREE, Outcome, count_calls, places, spare
 from kit.chaos import campaign_size
 from kit.host import descendants, end_descendants, stat_fields
 from torpor.linux import call as gate
@@ -84,7 +84,7 @@ def test_a_copy_in_which_a_call_fails(
             failed += outcome.error is not None
             wrong += outcome.complaints()
             after = host_state()
-            left = set(after.pop("processes")) - {template.pid, template.inits.ready, *tree(sibling.waits_for)}
+            left = set(after.pop("processes")) - {template.pid, *spare(template), *tree(sibling.waits_for)}
             if left:
                 wrong.append(f"{outcome.name}: left: {[stat_fields(pid)[:3] for pid in left if stat_fields(pid)]}")
             wrong += [f"{outcome.name}: {line}" for line in diff(before, after)]
@@ -206,7 +206,7 @@ def test_a_process_of_a_copy_is_killed_in_mid_creation(
     def victim() -> int:
         if whom == "the held process":
             return template.pid
-        known = {template.pid, template.inits.ready, *tree(sibling.waits_for)}
+        known = {template.pid, *template.inits.ready, *tree(sibling.waits_for)}
         fresh = [pid for pid in descendants(os.getpid()) if pid not in known and stat_fields(pid)[2] != "Z"]
         return 0 if not fresh else fresh[0] if whom == "the first" else fresh[-1]
 
@@ -240,7 +240,7 @@ def test_a_process_of_a_copy_is_killed_in_mid_creation(
             end(copies)
             copies.append(template.clone())
             end(copies)
-        left = set(descendants(os.getpid())) - {template.pid, template.inits.ready, *tree(sibling.waits_for)}
+        left = set(descendants(os.getpid())) - {template.pid, *spare(template), *tree(sibling.waits_for)}
         wrong += [f"{killer.hit}: {error!r}: left: {stat_fields(pid)[:3]}" for pid in left if stat_fields(pid)]
         if wrong:
             break

@@ -8,7 +8,7 @@ import pytest
 
 import torpor
 from kit import Target, Targets, diff, host_state, wait_until
-from kit.campaign import KINDS, Outcome, count_calls, places
+from kit.campaign import KINDS, Outcome, count_calls, places, spare
 from kit.chaos import campaign_size
 from kit.host import descendants, end_descendants, stat_fields
 
@@ -73,7 +73,7 @@ def test_a_copy_with_an_overlay_in_which_a_call_fails(
                 wrong.append(f"{outcome.name}: left: {os.listdir(place)}")
             end(copies, place, folders)
             after = host_state(images, own)
-            left = set(after.pop("processes")) - {template.pid, template.inits.ready, *family(sibling.waits_for)}
+            left = set(after.pop("processes")) - {template.pid, *spare(template), *family(sibling.waits_for)}
             if left := [fields[:3] for fields in map(stat_fields, left) if fields and fields[1] not in SWEEPER]:
                 wrong.append(f"{outcome.name}: left: {left}")
             del state["processes"]

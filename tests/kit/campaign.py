@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torpor
 
 from .chaos import campaign_size
 from .faults import Faults, OsFaults
 from .files import slurp_text
+from .host import descendants
 from .programs import HERE
 
 TREE = """
@@ -108,3 +111,10 @@ class Outcome:
         if self.error is None or (isinstance(self.error, torpor.TorporError) and str(self.error)):
             return []
         return [f"{self.name}: no error of ours"]
+
+
+def spare(template: Any) -> list[int]:
+    """The processes that a template keeps ready for copies to come."""
+    with contextlib.suppress(torpor.TorporError):  # its held process may be dead
+        template.inits.prepare()
+    return [pid for init in template.inits.ready for pid in (init, *descendants(init))]

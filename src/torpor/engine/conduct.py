@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 import time
 
 from .. import log, resources
@@ -26,7 +25,7 @@ from . import cpu, pid_spaces, restart, zombies
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
     from types import TracebackType
 
     from ..resources.base import BuildContext
@@ -34,11 +33,9 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 ALL_SIGNALS = (1 << 64) - 1
-SIGSEGV, SIGCHLD, SIGSTOP = 11, 17, 19
+SIGSEGV, SIGSTOP = 11, 19
 #: Where in the machine a record's call returns to.
 AFTER_CALL = machine.STUB.index(b"\x0f\x05") + 2
-PR_SET_NAME = 15
-CLOSE_RANGE_UNSHARE = 2
 FATAL = (4, 7, 8, 11, 31)  # what a wrong program earns: SIGILL SIGBUS SIGFPE SIGSEGV SIGSYS
 FORKS = (ptrace.EVENT_FORK, ptrace.EVENT_VFORK, ptrace.EVENT_CLONE)
 
@@ -121,7 +118,7 @@ class Conductor:
             self._born(pid, root.pid)
             stub.start(pid, self.arena, self.programs[root.pid])
             return pid
-        program = init_program(numbers, self.programs[root.pid])
+        program = stub.init_program(numbers, self.programs[root.pid])
         self.arena.load([program])
         scratch = code + len(machine.INIT) + PAGE & -PAGE
         self.take_init(pid, program, code)
@@ -135,6 +132,15 @@ class Conductor:
         self.apart = apart
         self._born(pid, self.snapshot.root.pid)
         ptrace.resume(pid)
+
+    def adopt_forked(self, pid: int, init: int) -> None:
+        """As :meth:`adopt`, for a root that has no program yet: the init of its pid namespace has forked it and was let
+        go.
+        """
+        self.init, self.apart = init, True
+        self.started.append(init)
+        self._born(pid, self.snapshot.root.pid)
+        stub.start(pid, self.arena, self.live[pid])
 
     def take_init(self, pid: int, program: Program, code: int) -> None:
         """Take over the init of the tree's pid namespace, which is stopped and is to go on with ``program`` in the
@@ -200,7 +206,8 @@ class Conductor:
         """All tasks and threads come to life, with memory and files; each waits at its first stop."""
         index = 0
         while index < len(self.started):
-            self._until_stop(self.started[index])
+            if self.started[index] in self.live:  # all but an init that was let go before
+                self._until_stop(self.started[index])
             root = self.snapshot.root
             if self.started[index] == root.live_pid and cgroups_build.entered_namespace(root, self.ctx):
                 ptrace.resume(root.live_pid)
@@ -368,11 +375,14 @@ class Conductor:
     def _see_stopped(task: RestoredTask) -> None:
         """Its stop signal may be one that stops nobody any more (SIGTSTP in an orphaned group): SIGSTOP always does."""
         deadline = time.monotonic() + 1.0
-        while proc_stat.parse(read(task.live_pid, "stat")).state != "T":
-            if time.monotonic() > deadline:
-                os.kill(task.live_pid, SIGSTOP)
-                return
-            time.sleep(0.001)
+        try:
+            while proc_stat.parse(read(task.live_pid, "stat")).state != "T":
+                if time.monotonic() > deadline:
+                    os.kill(task.live_pid, SIGSTOP)
+                    return
+                time.sleep(0.001)
+        except (TaskGone, ProcessLookupError):
+            pass  # it was killed meanwhile
 
     def set_registers(self) -> None:
         """Give every thread its registers; the arena is unmapped by the main thread as the last call of all."""
@@ -442,9 +452,12 @@ class Conductor:
 
         Children first: if we die in between, a root that had been let go would find those dead that had not been.
         """
-        for task in reversed(self.snapshot.tasks.values()):
-            if task.alive and task.live_pid not in self.released:
-                self._release_task(task)
+        left = [task for task in self.snapshot.tasks.values() if task.alive and task.live_pid not in self.released]
+        for task in reversed(left):
+            self._release_task(task)
+        for task in left:
+            if task.stopped:
+                self._see_stopped(task)
 
     def _release_task(self, task: RestoredTask) -> None:
         self.released.add(task.live_pid)
@@ -470,20 +483,22 @@ class Conductor:
         return [pid for pid in found if pid not in self.started and _traced_by_us(pid)]
 
     def _strays(self) -> list[int]:
-        """Stubs in pid namespaces that were born when we had stopped listening; they die with their init, or have died
-        already and wait to be reaped by us. Not the inits themselves: another tree's may be kept ready.
+        """Stubs in our pid namespaces that were born when we had stopped listening; they die with their init, or have
+        died already and wait to be reaped by us. Not the inits themselves, nor what belongs to another tree.
         """
         if not self.apart:
             return []
-        found = []
+        parents: dict[int, int] = {}
+        inside = []
         for pid in pids():
             try:
                 status = proc_status.parse(read(pid, "status"))
             except (TaskGone, OSError, ValueError):
                 continue
+            parents[pid] = status.PPid
             if status.TracerPid == os.getpid() and len(status.NSpid) > 1 and status.NSpid[-1] != INIT_PID:
-                found.append(pid)
-        return found
+                inside.append(pid)
+        return [pid for pid in inside if _is_below(pid, self.started, parents)]
 
     def __enter__(self) -> Conductor:
         """What was started within is killed if an error passes through."""
@@ -522,32 +537,13 @@ class State:
         self.mask = (core.tc.blk_sigset if main else core.thread_core.blk_sigset) & ALL_SIGNALS
 
 
-def init_program(
-    root: int | Sequence[int], program: Program, prelude: Callable[[Program], None] | None = None
-) -> Program:
-    """What an init does before it waits: fork the root, which goes on with ``program`` as process ``root``, given as to
-    emit_clone().
-
-    ``prelude`` emits what comes before.
-    """
-    init = Program("init of the pid namespace")
-    if prelude is not None:
-        prelude(init)
-    init.call("prctl", PR_SET_NAME, b"torpor-init\0", why="name")
-    emit_clone(init, 0, SIGCHLD, root, program)
-    init.call("close_range", 0, 0xFFFFFFFF, CLOSE_RANGE_UNSHARE, why="nothing of what the tree has open")
-    return init
-
-
-def emit_clone(program: Program, flags: int, exit_signal: int, tid: int | Sequence[int], child: Program) -> None:
-    """Emit the birth of a stub with the number ``tid`` in its pid namespace, which goes on with ``child``.
-
-    Several numbers are those in the namespaces around it, its own first.
-    """
-    tids = (tid,) if isinstance(tid, int) else tid
-    args = program.put(struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, 0, len(tids), 0))
-    program.pointer(args, 64, program.put(struct.pack(f"<{len(tids)}i", *tids)))
-    program.call("clone3", args, 88, child=child, why=child.name)
+def _is_below(pid: int, ancestors: Collection[int], parents: dict[int, int]) -> bool:
+    """Has a process one of ``ancestors``?"""
+    while pid in parents:
+        pid = parents[pid]
+        if pid in ancestors:
+            return True
+    return False
 
 
 def _children_if_alive(pid: int) -> list[int]:

@@ -9,6 +9,7 @@ import struct
 
 from .. import resources
 from ..model.snapshot import RestoredTask, RestoredThread, Snapshot
+from ..remote import stub
 from ..remote.program import Program
 from ..resources import cgroups_build, fs, locks
 from ..resources import task as task_state
@@ -186,11 +187,11 @@ class Writer:
         if child.spaces != task.spaces and task.children_space != child.space:
             flags |= CLONE_NEWPID
         numbers = pid_spaces.set_tid(self.snapshot, child.pid, child.numbers)
-        conduct.emit_clone(program, flags, exit_signal, numbers, self._program(child.pid, "task"))
+        stub.emit_clone(program, flags, exit_signal, numbers, self._program(child.pid, "task"))
 
     def _emit_thread(self, thread: RestoredThread, program: Program) -> None:
         numbers = pid_spaces.set_tid(self.snapshot, thread.tid, thread.numbers)
-        conduct.emit_clone(program, THREAD_FLAGS, 0, numbers, self._program(thread.tid, "thread"))
+        stub.emit_clone(program, THREAD_FLAGS, 0, numbers, self._program(thread.tid, "thread"))
 
     @staticmethod
     def _emit_place(step: str, program: Program) -> None:

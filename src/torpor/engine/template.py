@@ -31,7 +31,7 @@ from ..proc import maps as proc_maps
 from ..proc import stat as proc_stat
 from ..proc.read import read
 from ..remote import held, machine, stub
-from ..remote.held import Inits
+from ..remote.held import CLONE_FILES, Inits
 from ..remote.program import Program
 from ..resources import MappingKinds, cgroups_build, devpts, generation, net_namespace, sysv_ipc
 from ..resources.base import VMA_SYSVIPC, BuildContext
@@ -46,7 +46,6 @@ from .programs import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
@@ -197,8 +196,8 @@ class Template:
         for kind in self.loaded.kinds:
             if kind.INHERITED:
                 kind.outside(self.forebear, self.forebear.core, self.ctx)
-        self.inits = Inits(self.pid, arena)
-        self._ending.add("init that nobody has taken", self.inits.close)
+        self.inits = Inits(self.pid, arena, self.loaded.snapshot.root.pid)
+        self._ending.add("inits that nobody has taken", self.inits.close)
         self.mark = arena.mark()
 
     def _restore_memory(self) -> None:
@@ -249,7 +248,7 @@ class Template:
     def _prepare_next(self) -> None:
         """Have what the next copy needs made meanwhile. A failure is that one's business, not of the one that runs."""
         try:
-            self.inits.prepare()
+            self.inits.keep_ready()
         except TorporError as error:
             log.info(f"no init for the next copy yet: {error}")
 
@@ -266,12 +265,11 @@ class Template:
 class _Recorded:
     """The programs of a copy, which serve for others whose files have the same numbers."""
 
-    __slots__ = ("content", "init", "numbers", "writer")
+    __slots__ = ("content", "numbers", "writer")
 
-    def __init__(self, copying: _Copying, numbers: object, init: Program, content: bytes) -> None:
+    def __init__(self, copying: _Copying, numbers: object, content: bytes) -> None:
         self.numbers = numbers
         self.writer = copying.writer
-        self.init = init
         self.content = content
 
 
@@ -368,28 +366,46 @@ class _Copying:
 
     def run(self) -> tuple[int, int]:
         """Have it born and let go; returns the pids of the root and of the child of ours that ends with it."""
-        if self.wishes is not None and self.wishes.options.fresh_pid:
+        wishes = self.wishes
+        if wishes is not None and wishes.options.fresh_pid:
             return self._run_fresh()
-        init = self._write()
+        emits = wishes is not None and wishes.emits
+        self._write(anew=self.as_init and emits)  # what it emits is in the root's program, for this copy alone
         if self.as_init:
-            return self._run_as_init(init)
+            return self._run_as_init()
+        if emits or (wishes is not None and wishes.options.cgroup):
+            return self._run_below()
+        conductor = self._conductor(self.snapshot)
+        with conductor:
+            init, root = self.template.inits.take_forked()
+            conductor.adopt_forked(root, init)
+            # The next one, but not before this one is through: they would wait for the same locks.
+            self.ctx.memo.setdefault("after_mappings", []).append(self.template.inits.advance)
+            self._wake(conductor)
+        return root, init
+
+    def _run_below(self) -> tuple[int, int]:
+        """As run(), for a root that is not forked before its init has done something for this copy."""
+        wishes = self.wishes
+        assert wishes is not None
         template, arena = self.template, self.template.arena
         root = self.snapshot.root
+        init = stub.init_program(root.pid, self._root_program, wishes.emit if wishes.emits else None)
+        arena.load([init])
         conductor = self._conductor(self.snapshot)
         with conductor:
             pid, slot = template.inits.take()
             code = arena.code + len(machine.STUB)
             conductor.take_init(pid, init, code)
-            if self.wishes is not None:
-                self.wishes.place(pid)
+            wishes.place(pid)
             stub.start_init(pid, init, code, root.pid, slot)
-            template.inits.order()  # the next one, while this one forks
+            template.inits.advance()  # the next one, while this one forks
             self._wake(conductor)
         return root.live_pid, pid
 
-    def _run_as_init(self, program: Program) -> tuple[int, int]:
+    def _run_as_init(self) -> tuple[int, int]:
         """As run(), for a root that is the init of its pid namespace: it is born into its own."""
-        pid = self.template.inits.bear_init(program)
+        pid = self.template.inits.bear_init(self._root_program)
         self._place(pid)
         conductor = self._conductor(self.snapshot)
         with conductor:
@@ -420,28 +436,24 @@ class _Copying:
         watch = (lambda: overlays.watch(conductor.init or root.live_pid)) if overlays is not None else None
         conductor.wake(self.writer.memory, watch)
 
-    def _write(self) -> Program:
-        """Put the programs into the arena, which may be those of the copy before; returns that of whoever is born
-        first: our init, or the root.
+    def _write(self, *, anew: bool) -> None:
+        """Put the programs into the arena: those of the copy before, if they serve for this one and are not to be made
+        ``anew``.
         """
-        template, arena, wishes = self.template, self.template.arena, self.wishes
-        shape = wishes.shape if wishes is not None else ()
-        emits = wishes is not None and wishes.emits
-        if self.as_init and emits:  # what it emits is in the root's program, for this copy alone
+        template, arena = self.template, self.template.arena
+        if anew:
             self._write_anew(self.snapshot)
-            return self._root_program
+            return
+        shape = self.wishes.shape if self.wishes is not None else ()
         recorded, numbers = template.recorded.get(shape), self.numbers()
         if recorded is not None and recorded.numbers == numbers:
             self.writer = recorded.writer
             arena.put(template.mark, recorded.content)
-            init = recorded.init
-        else:
-            before = self._left_for_later()
-            self._write_anew(self.snapshot)
-            init = self._root_program if self.as_init else self._load_init(None)
-            if before == self._left_for_later():
-                template.record(shape, _Recorded(self, numbers, init, arena.content(template.mark)))
-        return self._load_init(wishes.emit) if wishes is not None and emits else init
+            return
+        before = self._left_for_later()
+        self._write_anew(self.snapshot)
+        if before == self._left_for_later():
+            template.record(shape, _Recorded(self, numbers, arena.content(template.mark)))
 
     @property
     def _root_program(self) -> Program:
@@ -451,22 +463,22 @@ class _Copying:
         template = self.template
         memory = restore_memory.MemoryPlan(snapshot, self.ctx, self.forebear)
         writer = self.writer = Writer(snapshot, self.ctx, memory, template.place)
-        if self.as_init or (self.wishes is not None and self.wishes.options.fresh_pid):
-            writer.prelude = self._emit_first
+        writer.prelude = self._emit_first
         writer.write()
         template.arena.load(writer.programs.values())
 
     def _emit_first(self, program: Program) -> None:
-        """Emit what a root does first that is forked by no init."""
+        """Emit what a root does first: its init may have forked it before we made its descriptors, and if there is none
+        it has more to do.
+        """
+        fresh = self.wishes is not None and self.wishes.options.fresh_pid
+        if not self.as_init and not fresh:
+            program.call("unshare", CLONE_FILES, why="a descriptor table of its own, as it is now")
+            return
         if self.as_init and self._mounts is None:
             stub.emit_proc(program, self.snapshot.mounts)
         if self.wishes is not None:
             self.wishes.emit(program)
-
-    def _load_init(self, prelude: Callable[[Program], None] | None) -> Program:
-        init = conduct.init_program(self.snapshot.root.pid, self._root_program, prelude)
-        self.template.arena.load([init])
-        return init
 
     def _run_fresh(self) -> tuple[int, int]:
         """As run(), for a process that gets whatever pid is free."""

@@ -98,6 +98,14 @@ def wait_any() -> int:
     return found.si_pid if found is not None else 0
 
 
+def is_waitable(pid: int) -> bool:
+    """Could a child or tracee of ours be waited for without blocking?"""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | os.WNOHANG | WALL) is not None
+    except ChildProcessError:
+        return True
+
+
 def _regset(request: int, tid: int, kind: int, area: object, size: int) -> int:
     vector = iovec(ctypes.addressof(area), size)  # type: ignore[arg-type]
     call("ptrace", request, tid, kind, ctypes.byref(vector))

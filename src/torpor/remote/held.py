@@ -11,6 +11,7 @@ import errno
 import os
 import struct
 
+from .. import log
 from ..errors import KernelError, TaskGone, TorporError, Unsupported
 from ..linux import ptrace
 from ..linux.launch import Launcher, SignalsBlocked
@@ -19,7 +20,7 @@ from ..proc.read import read
 from ..proc.tasks import children
 from . import machine, stub
 from .program import Program
-from .tracee import SIGTRAP, Stop, wait_stop
+from .tracee import SIGTRAP, Dying, Stop, wait_stop
 
 CLONE_VM, CLONE_FILES, CLONE_PARENT, CLONE_NEWNS, CLONE_NEWPID = 0x100, 0x400, 0x8000, 0x20000, 0x20000000
 CLONE_CLEAR_SIGHAND = 0x1_0000_0000
@@ -27,6 +28,7 @@ FORKS = (ptrace.EVENT_FORK, ptrace.EVENT_VFORK, ptrace.EVENT_CLONE)
 CLONE_CHILD_SETTID = 0x1000000
 COPIES_MAX = 1 << 16
 ROOM_BYTES = 1024
+READY_MAX = 2
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
 RSEQ_FLAG_UNREGISTER = 1
 SS_DISABLE = 2
@@ -125,41 +127,67 @@ def run(pid: int, arena: stub.Arena, program: Program) -> None:
     arena.rewind(place)
 
 
+class Init:
+    """An init that is made ahead of the copy it is for."""
+
+    __slots__ = ("goes", "pid", "slot")
+
+    def __init__(self, pid: int, slot: int) -> None:
+        self.pid = pid
+        #: Address of 8 bytes for it alone.
+        self.slot = slot
+        #: Was it let go since it was born?
+        self.goes = False
+
+
 class Inits:
     """Inits of pid namespaces, cloned by a held stub whose memory they share: none needs any of its own.
 
-    One is kept ready, so that whoever takes it does not wait for its namespaces to be made.
+    Two are kept ready, so that whoever takes one does not wait for its namespaces to be made; and the first of them
+    forks the root meanwhile, if the next copy is expected to want nothing that has to be done before.
     """
 
-    def __init__(self, holder: int, arena: stub.Arena) -> None:
+    def __init__(self, holder: int, arena: stub.Arena, root: int) -> None:
+        """``root``: the number that roots have in their namespaces."""
         self._holder = holder
         self._slots = arena.reserve(8 * COPIES_MAX)
         self._room = arena.reserve(ROOM_BYTES)
         self._by_pid: dict[int, int] = {}
         self._arena = arena
+        self._root = root
         self._begin = Program("init of the pid namespace")
         stub.emit_proc(self._begin)
+        #: The root shares its maker's descriptors until it is told to go on: they are those of its copy then.
+        self._fork = stub.init_program(root, None, stub.emit_proc, CLONE_FILES)
         self._clone = Program("template")
         flags = CLONE_VM | CLONE_FILES | CLONE_PARENT | CLONE_NEWPID | CLONE_NEWNS
         args = self._clone.put(struct.pack("<11Q", flags, *(0,) * 10))
         self._clone.call("clone3", args, 88, child=self._begin, why=self._begin.name)
-        arena.load([self._begin, self._clone])
+        arena.load([self._begin, self._fork, self._clone])
         self._ordered = False
         self._runs = False  # the held stub, on a program of ours
-        #: The pid of the one that is kept ready, 0: there is none.
-        self.ready = 0
+        self._forks = False  # do those that go fork a root?
+        self._ready: list[Init] = []
+
+    @property
+    def ready(self) -> list[int]:
+        """The pids of those that are kept ready."""
+        return [one.pid for one in self._ready]
 
     def close(self) -> None:
-        """End the one that nobody has taken."""
+        """End those that nobody has taken."""
         try:
             self.prepare()
         except TorporError:
             pass  # the held stub has ended
-        if self.ready:
-            stub.kill([self.ready])
-            self.ready = 0
+        while self._ready:
+            self._end(self._ready.pop())
         if _has_ended(self._holder):
             stub.kill(self._strays())
+
+    def _end(self, one: Init) -> None:
+        """End one that nobody has taken, and its root, which may be born at this moment."""
+        stub.kill([one.pid], lambda: _children_if_alive(one.pid))
 
     def _strays(self) -> list[int]:
         """Children of ours that the held stub has cloned and that we have not heard of: they have its arena."""
@@ -167,7 +195,7 @@ class Inits:
         shown = b"%02x:%02x %d " % (os.major(arena.st_dev), os.minor(arena.st_dev), arena.st_ino)
         found = []
         for pid in children(os.getpid()):
-            if pid in (self._holder, self.ready):
+            if pid == self._holder:
                 continue
             try:
                 traced = proc_status.parse(read(pid, "status")).TracerPid == os.getpid()
@@ -178,38 +206,108 @@ class Inits:
         return found
 
     def order(self) -> None:
-        """Have the next one cloned, meanwhile. Raises KernelError."""
-        if not self._ordered and not self.ready:
+        """Have another one cloned, meanwhile. Raises KernelError."""
+        if not self._ordered and len(self._ready) < READY_MAX:
             self._start(self._clone)
             self._ordered = True
 
-    def prepare(self) -> None:
-        """Have the one that was ordered made ready, meanwhile. Raises KernelError."""
-        if self._ordered:
+    def prepare(self, *, wait: bool = True) -> None:
+        """Take in the one that was ordered, unless that would be to ``wait``. Raises KernelError."""
+        if self._ordered and (wait or ptrace.is_waitable(self._holder)):
             self._ordered = False
             pid = self._welcome(self._clone)
-            try:
-                ptrace.resume(pid)
-            except BaseException:
-                stub.kill([pid])
-                raise
-            self.ready = pid
-
-    def take(self) -> tuple[int, int]:
-        """(pid, address of 8 bytes for its use alone) of one that is ready. Raises KernelError and Unsupported."""
-        self.order()
-        self.prepare()
-        pid, self.ready = self.ready, 0
-        try:
-            _await_end(pid, self._begin)
             # Whoever had that number before has ended, and does not need his bytes any more.
             slot = self._by_pid.setdefault(pid, len(self._by_pid))
-            if slot >= COPIES_MAX:
+            self._ready.append(Init(pid, self._slots + 8 * slot))
+
+    def keep_ready(self) -> None:
+        """Have two there, and the first of them at work, if any was ever taken. Raises KernelError."""
+        if self._by_pid:
+            self.advance()
+            self.prepare(wait=False)
+
+    def advance(self) -> None:
+        """Have the first at work, and another one cloned, meanwhile. Raises KernelError."""
+        self.prepare(wait=not self._ready)
+        if self._ready and not self._ready[0].goes:
+            try:
+                self._go(self._ready[0])
+            except TorporError as error:
+                log.info(f"an init that was kept ready is none: {error}")
+                self._end(self._ready.pop(0))
+        self.order()
+
+    def _go(self, one: Init) -> None:
+        if self._forks:
+            code = self._arena.code + len(machine.STUB)
+            stub.start_init(one.pid, self._fork, code, self._root, one.slot)
+        else:
+            ptrace.resume(one.pid)
+        one.goes = True
+
+    def take(self) -> tuple[int, int]:
+        """(pid, address of 8 bytes for its use alone) of one that waits for a program. Raises KernelError and
+        Unsupported.
+        """
+        one, _ = self._take(forks=False)
+        return one.pid, one.slot
+
+    def take_forked(self) -> tuple[int, int]:
+        """(pid, pid of the root) of one that was let go after it had forked a root, which is stopped at its birth.
+        Raises KernelError and Unsupported.
+        """
+        one, root = self._take(forks=True)
+        return one.pid, root
+
+    def _take(self, *, forks: bool) -> tuple[Init, int]:
+        if forks != self._forks:
+            self._forks = forks
+            for one in [one for one in self._ready if one.goes]:
+                self._ready.remove(one)
+                self._end(one)
+        early = bool(self._ready) and self._ready[0].goes
+        if not self._ready:
+            self.order()
+            self.prepare()
+        one = self._ready.pop(0)
+        try:
+            if not one.goes:
+                self._go(one)
+            if one.slot >= self._slots + 8 * COPIES_MAX:
                 raise Unsupported(f"a template gives no more than {COPIES_MAX} copies a number of their own")
-        except BaseException:
-            stub.kill([pid])
+            if forks:
+                return one, self._await_fork(one.pid)
+            _await_end(one.pid, self._begin)
+        except BaseException as error:
+            self._end(one)
+            if early and isinstance(error, TorporError):  # it failed when there was no copy to fail
+                return self._take(forks=forks)
             raise
-        return pid, self._slots + 8 * slot
+        return one, 0
+
+    def _await_fork(self, pid: int) -> int:
+        """The pid of the root that an init forks, which is let go."""
+        try:
+            while wait_stop(pid).event not in FORKS:
+                ptrace.resume(pid)
+        except Dying:
+            raise
+        except TaskGone:
+            raise self._fork_failed() from None
+        root = ptrace.event_message(pid)
+        wait_stop(root)
+        ptrace.detach(pid)  # from here on it waits for the root
+        return root
+
+    def _fork_failed(self) -> TorporError:
+        """Why an init has ended before it had forked a root."""
+        for index, record in enumerate(self._fork.records):
+            number = -self._arena.result(self._fork, index)
+            if number > 0 and not record.may_fail >> number & 1:
+                if record.name == "clone3":
+                    return stub.clone_error(number, [self._root])
+                return KernelError(f"{self._fork.name}: {record}", number)
+        return Unsupported(f"{self._fork.name}: it has ended")
 
     def bear(self, clear_tid_address: int) -> int:
         """Have the held stub clone a child of ours with any pid and no init, which is to go on with the program that
@@ -272,6 +370,13 @@ class Inits:
             newborn = ptrace.event_message(self._holder)
         if newborn:
             stub.kill([newborn])
+
+
+def _children_if_alive(pid: int) -> list[int]:
+    try:
+        return children(pid)
+    except (TaskGone, OSError):
+        return []
 
 
 def _has_ended(pid: int) -> bool:

@@ -31,7 +31,8 @@ PAGE = 4096
 AT_EMPTY_PATH = 0x1000
 KILL_TIMEOUT_S = 10.0  # only an uninterruptible wait can take that long
 F_SETFD = 2
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+CLOSE_RANGE_UNSHARE = 2
 CLONE_VM, CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWPID = 0x100, 0x80, 0x20000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
 OPTIONS = (
@@ -236,6 +237,37 @@ def emit_proc(program: Program, propagation: int = MS_SLAVE) -> None:
     program.call("mount", 0, b"/\0", 0, MS_REC | propagation, 0, why="mounts made here do not show elsewhere")
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     program.call("mount", b"proc\0", b"/proc\0", b"proc\0", flags, 0, may_fail=(errno.ENOENT,), why="of these pids")
+
+
+def init_program(
+    root: int | Sequence[int], program: Program | None, prelude: Callable[[Program], None] | None = None, flags: int = 0
+) -> Program:
+    """What an init does before it waits: fork the root, which goes on with ``program`` as process ``root``; as to
+    emit_clone().
+
+    ``prelude`` emits what comes before.
+    """
+    init = Program("init of the pid namespace")
+    if prelude is not None:
+        prelude(init)
+    init.call("prctl", PR_SET_NAME, b"torpor-init\0", why="name")
+    emit_clone(init, flags, signal.SIGCHLD, root, program)
+    init.call("close_range", 0, 0xFFFFFFFF, CLOSE_RANGE_UNSHARE, why="nothing of what the tree has open")
+    return init
+
+
+def emit_clone(
+    program: Program, flags: int, exit_signal: int, tid: int | Sequence[int], child: Program | None
+) -> None:  # fmt: skip
+    """Emit the birth of a stub with the number ``tid`` in its pid namespace, which goes on with ``child``; None: it is
+    told with what.
+
+    Several numbers are those in the namespaces around it, its own first.
+    """
+    tids = (tid,) if isinstance(tid, int) else tid
+    args = program.put(struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, 0, len(tids), 0))
+    program.pointer(args, 64, program.put(struct.pack(f"<{len(tids)}i", *tids)))
+    program.call("clone3", args, 88, child=child, why=child.name if child is not None else f"process {tids[0]}")
 
 
 def _clone(set_tid: Sequence[int], program: Program, go: int, sibling: bool, namespaces: int) -> int:

@@ -20,6 +20,7 @@ GROUP_STOPS = (19, 20, 21, 22)  # SIGSTOP SIGTSTP SIGTTIN SIGTTOU
 SIGTRAP, SIGKILL = 5, 9
 #: Between looks at a tracee while others can be waited for, and how long until it is asked whether it can end at all.
 FIRST_PAUSE_S, PATIENCE_S = 0.00003, 0.02
+LOOKS = 100  # without a pause, which the kernel makes longer than asked for
 
 
 class Stop:
@@ -56,7 +57,7 @@ def wait_stop(tid: int) -> Stop:
     Dying, a TaskGone, when it is not reaped: an init that waits for its pid namespace to be empty, or a process whose
     thread we have not heard of (kernel/pid_namespace.c, zap_pid_ns_processes(); kernel/exit.c, delay_group_leader()).
     """
-    pause_s, slept_s = FIRST_PAUSE_S, 0.0
+    pause_s, slept_s, looks = FIRST_PAUSE_S, 0.0, 0
     while True:
         stop = _wait(tid, os.WNOHANG)
         if stop is not None:
@@ -65,6 +66,10 @@ def wait_stop(tid: int) -> Stop:
         if found == tid:
             continue
         # Somebody else can be waited for, and will be by others: to wait for all would not block now.
+        looks += 1
+        if looks < LOOKS:
+            os.sched_yield()
+            continue
         time.sleep(pause_s)
         slept_s += pause_s
         pause_s = min(pause_s * 1.5, 0.002)
