@@ -74,6 +74,7 @@ RENAMED = {
     "torpor.linux.btf.MAGIC": "BTF_MAGIC",
     # One bit for each of the states, which are numbered from 1.
     "torpor.linux.inet_diag.ALL_STATES": "(1 << (BPF_TCP_CLOSING + 1)) - 1",
+    "torpor.linux.inet_diag.LIVE_STATES": "(1 << (BPF_TCP_CLOSING + 1)) - 1 - (1 << BPF_TCP_TIME_WAIT)",
     "torpor.linux.inet_diag._INET_DIAG_SHUTDOWN": "INET_DIAG_SHUTDOWN",
     "torpor.linux.inet_diag._INET_DIAG_SKV6ONLY": "INET_DIAG_SKV6ONLY",
     "torpor.linux.kernel.PM_WRITTEN": "PAGE_IS_WRITTEN",

@@ -12,15 +12,21 @@ import struct
 from ..errors import KernelError
 from .sock_diag import ask, attributes
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
 AF_INET, AF_INET6 = 2, 10
 IPPROTO_TCP, IPPROTO_UDP = 6, 17
 # include/net/tcp_states.h
 ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSE = 1, 2, 4, 5, 6, 7
 CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 8, 9, 10, 11
 ALL_STATES = 0xFFF
+LIVE_STATES = ALL_STATES & ~(1 << TIME_WAIT)  # of sockets that somebody may have; of the others there may be many
 _INET_DIAG_SHUTDOWN, _INET_DIAG_SKV6ONLY = 8, 11
 _REQUEST = struct.Struct("=BBBBI48x")
 _MESSAGE = struct.Struct("=BBBBHH16s16sI8sIIIII")  # ports in network order
+_PORT = slice(4, 6)  # of a message: where the source's lies
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -68,15 +74,22 @@ def text(address: bytes) -> str:
     return inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
 
 
-def sockets(protocol: int, *, family: int = 0, states: int = ALL_STATES) -> list[InetSocket]:
-    """The sockets of one protocol, IPv4's and IPv6's unless ``family`` is given, that are in one of ``states``.
+def sockets(
+    protocol: int, *, family: int = 0, states: int = LIVE_STATES, ports: Collection[int] | None = None
+) -> list[InetSocket]:  # fmt: skip
+    """The sockets of one protocol, IPv4's and IPv6's unless ``family`` is given, that are in one of ``states`` and
+    bound to one of ``ports``; None: to any.
 
     ``states`` has a bit for each. Nothing is shown where the kernel has no such protocol.
     """
     found: list[InetSocket] = []
+    wanted = None if ports is None else {port.to_bytes(2, "big") for port in ports}
     for one in (family,) if family else (AF_INET, AF_INET6):
         try:
-            found += map(InetSocket, ask(_REQUEST.pack(one, protocol, 0, 0, states)))
+            replies: Iterable[bytes] = ask(_REQUEST.pack(one, protocol, 0, 0, states))
+            if wanted is not None:
+                replies = (reply for reply in replies if reply[_PORT] in wanted)
+            found += map(InetSocket, replies)
         except KernelError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL):
                 raise

@@ -391,7 +391,7 @@ def _refuse_conflicts(entries: list[Message]) -> None:
         if not wanted:
             continue
         by_port: dict[int, list[inet_diag.InetSocket]] = {}
-        for found in inet_diag.sockets(protocol):
+        for found in inet_diag.sockets(protocol, ports={entry.src_port for entry in wanted}):
             by_port.setdefault(found.source[1], []).append(found)
         for entry in wanted:
             for other in by_port.get(entry.src_port, ()):
