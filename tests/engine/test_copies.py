@@ -19,7 +19,6 @@ from kit import Target, Targets, diff, host_state, wait_until
 from kit.campaign import spare
 from kit.host import stat_fields
 from kit.talk import ANSWERS, Talk, snapshot_of
-from torpor import log
 from torpor.engine.programs import Writer
 
 # Answers each line of its standard input with one line: what it sees of itself.
@@ -431,20 +430,3 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def test_what_copies_have_in_common_is_said(start: Targets, images: str) -> None:
-    target = start.c(
-        "#include <sys/shm.h>\nint main(void) { int id = MUST(shmget(IPC_PRIVATE, 4096, 0600)); MUST(shmat(id, 0, 0)); "
-        "MUST(shmctl(id, IPC_RMID, 0)); ready(); pause(); }"
-    )
-    torpor.dump(target.pid, images)
-    target.wait_gone()
-    with open(f"{images}/log", "w+") as file:
-        log.open_log(file.fileno())
-        try:
-            torpor.template(images).close()
-        finally:
-            log.open_log(-1)
-        file.seek(0)
-        assert "System V shared memory" in file.read()

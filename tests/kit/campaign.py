@@ -48,17 +48,21 @@ OWN = (
     slurp_text(os.path.join(HERE, "uring.h"))
     + """
 #include <pty.h>
+#include <sys/shm.h>
 
 int main(void)
 {
 	struct ring plain, single, polled;
 	struct io_uring_sqe sqe;
-	int master, slave, pipes[2];
+	int master, slave, pipes[2], segment;
 	char text[8];
 
 	MUST(openpty(&master, &slave, NULL, NULL, NULL));
 	MUST(ioctl(slave, TIOCSCTTY, 0));
 	MUST(write(master, "unread\\n", 7));
+	segment = MUST(shmget(IPC_PRIVATE, 8192, IPC_CREAT | 0600));
+	CHECK(shmat(segment, NULL, 0) != (void *)-1);
+	MUST(shmctl(segment, IPC_RMID, NULL));  /* it is there as long as it is attached */
 	MUST(pipe(pipes));
 	ring_make(&plain, 8, 0);
 	ring_make(&single, 8, IORING_SETUP_SINGLE_ISSUER);

@@ -173,7 +173,7 @@ until [ "$(redis-cli -s redis.sock DBSIZE)" -gt 100 ]; do :; done
 echo > ready
 wait $benchmark && status=0 || status=$?
 redis-cli -s redis.sock LLEN mylist > length
-echo "$status" > ended
+echo "$status" > ended.new; mv ended.new ended
 wait
 """
 

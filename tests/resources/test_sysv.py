@@ -42,7 +42,7 @@ def row(number: int) -> dict[str, str] | None:
 
 def layout() -> list[str]:
     with open("/proc/self/maps") as file:
-        return [line for line in file if "SYSV" in line]
+        return [line for line in file if "SYSV" in line and AREA <= int(line.split("-")[0], 16) < AREA + (1 << 32)]
 
 
 class Round:
@@ -55,7 +55,7 @@ class Round:
         with open("/proc/self/smaps", "rb") as file:
             flags = {start: names for start, _, names in smaps.parse_flags(file.read())}
         with open("/proc/self/maps", "rb") as file:
-            found = [vma for vma in maps.parse(file.read()) if vma.kind == maps.SYSV]
+            found = [vma for vma in maps.parse(file.read()) if vma.kind == maps.SYSV and row(vma.inode)]
         for vma in found:
             entry = self.mm.vmas.add(
                 start=vma.start, end=vma.end, pgoff=vma.pgoff, prot=vma.prot, flags=vma.flags,

@@ -1,4 +1,5 @@
-"""A mount namespace for one copy, made before the copy: some directories lie under overlays in it.
+"""A mount namespace for one copy, made before the copy: some directories lie under overlays in it. An IPC namespace may
+come with it.
 
 What a copy has open is opened by us. So that it is opened through the overlays, a thread of ours enters the namespace
 for as long as it takes; the thread ends with that, since it cannot come back to what it shares with our others
@@ -16,6 +17,7 @@ import signal
 from ..errors import KernelError
 from ..linux import mounts
 from ..remote import stub
+from ..resources import ipc_space
 from ..undo import Undo
 
 TYPE_CHECKING = False
@@ -32,34 +34,42 @@ _SIGNALS = [int(number) for number in signal.valid_signals()]
 
 
 class Annex:
-    """The namespace. ``fd`` and ``root_fd``: descriptors of ours for it and for our root in it."""
+    """The namespace. ``fd`` and ``root_fd``: descriptors of ours for it and for our root in it; ``ipc_fd``: for the IPC
+    namespace, -1 if that is ours.
+    """
 
-    def __init__(self, ctx: BuildContext, furnish: Callable[[], None]) -> None:
-        """``furnish()`` is called in it. Raises KernelError and what that raises. It is closed by ``ctx.undo``; whoever
-        is in the namespace by then stays there.
+    def __init__(self, ctx: BuildContext, furnish: Callable[[], None], *, ipc: bool = False) -> None:
+        """``furnish()`` is called in it; ``ipc``: in an IPC namespace as well. Raises KernelError and what that raises.
+        It is closed by ``ctx.undo``; whoever is in the namespaces by then stays there.
         """
         self.ctx = ctx
-        self.fd = self.root_fd = -1
+        self.fd = self.root_fd = self.ipc_fd = -1
         ctx.undo.add("mount namespace of the copy", self._close)
 
         def found() -> None:
             self.fd, self.root_fd = mounts.unshare()
+            if ipc:
+                self.ipc_fd = ipc_space.unshare()
+                ctx.memo["ipc space"] = ipc_space.IpcSpace(self.ipc_fd)
             furnish()
 
         self._in_thread(found)
         ctx.memo["annex"] = self
 
     def _close(self) -> None:
-        for fd in (self.fd, self.root_fd):
+        for fd in (self.fd, self.root_fd, self.ipc_fd):
             if fd >= 0:
                 os.close(fd)
         self.ctx.memo.pop("annex", None)
+        self.ctx.memo.pop("ipc space", None)
 
     def run(self, action: Callable[[], T]) -> T:
         """What ``action()`` gives or raises when a thread in the namespace calls it."""
 
         def inside() -> T:
             mounts.enter(self.fd, self.root_fd)
+            if self.ipc_fd >= 0:
+                ipc_space.enter(self.ipc_fd)
             return action()
 
         return self._in_thread(inside)
@@ -113,6 +123,6 @@ class Annex:
 
     def emit(self, program: Program, *, own_pids: bool = True) -> None:
         """Emit what whoever is born for the copy does first. ``own_pids``: it is in a pid namespace of its own."""
-        stub.emit_entry(program, self.fd, self.root_fd)
+        stub.emit_entry(program, self.fd, self.root_fd, self.ipc_fd)
         if own_pids:
             stub.emit_proc(program)

@@ -103,7 +103,7 @@ class Conductor:
         numbers = pid_spaces.set_tid(self.snapshot, root.pid, root.numbers)
         is_init = root.pid == INIT_PID
         annex = self.ctx.memo.get("annex")
-        mounts = (annex.fd, annex.root_fd) if annex is not None else None
+        mounts = (annex.fd, annex.root_fd, annex.ipc_fd) if annex is not None else None
         pid, code = stub.launch(
             numbers if is_init else (), self.arena, keep, sibling=sibling, own_pids=True,
             propagation=self.snapshot.mounts, mounts=mounts,

@@ -87,12 +87,14 @@ class Wishes:
     """The options of one copy, applied to the snapshot for as long as it is made."""
 
     def __init__(
-        self, options: CopyOptions, snapshot: Snapshot, ctx: BuildContext, overlays: Wanted, pts: str
+        self, options: CopyOptions, snapshot: Snapshot, ctx: BuildContext, overlays: Wanted, pts: str, *, ipc: bool
     ) -> None:  # fmt: skip
-        """``overlays`` are those of the copy, or else of all copies; ``pts``: where it has a devpts of its own."""
+        """``overlays`` are those of the copy, or else of all copies; ``pts``: where it has a devpts of its own, ""
+        without one; ``ipc``: has it an IPC namespace of its own?
+        """
         self.options = options
         self.wanted = overlays
-        self.pts = pts
+        self.pts, self.ipc = pts, ipc
         self.root = snapshot.root
         self.ctx = ctx
         self.net_fd = -1
@@ -115,7 +117,7 @@ class Wishes:
             self._replace(fd, ours)
         if options.files:
             self._add_files(snapshot)
-        if self.wanted or self.pts:
+        if self.wanted or self.pts or self.ipc:
             self._make_mounts(snapshot)
         if options.cwd:
             self._move()
@@ -171,7 +173,7 @@ class Wishes:
                 f"nobody knows when the last process has ended that writes to {wanted.upper}, without a pid namespace",
                 hint="--overlay-keep",
             )
-        self.own_mounts = OwnMounts(wanted, self.pts, snapshot, self.ctx)
+        self.own_mounts = OwnMounts(wanted, self.pts, snapshot, self.ctx, ipc=self.ipc)
 
     def _inside(self, action: Callable[[], int]) -> int:
         """What ``action()`` gives where the copy's mounts are."""

@@ -1,9 +1,9 @@
-"""The pid and mount namespaces of a tree that Torpor has woken there, as far as they matter to a dump of it.
+"""The pid, mount and IPC namespaces of a tree that Torpor has woken there, as far as they matter to a dump of it.
 
 A copy (restore --own-pids, a clone of a template) has an init that is Torpor's own and no part of the snapshot, and
-mounts that are those of the one who made it, with a /proc of its own. So nothing of the namespaces has to be dumped:
+mounts that are those of the one who made it, with a /proc of its own. So nothing of these namespaces has to be dumped:
 what another copy is woken in is the same again. What is not so is refused by name: processes that are not below the
-root, mounts that are not found here.
+root, mounts that are not found here. What is in the IPC namespace is dumped (resources/ipc_space.py).
 
 Where the root is process 1 itself, it is the only init there is; then the pid namespace is kept like any other
 (engine/pid_spaces.py), and with it that there is such a mount namespace. `unshare --pid --fork --mount-proc` makes the
@@ -24,7 +24,7 @@ from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import read
 from ..proc.tasks import children
-from ..resources import devpts
+from ..resources import devpts, ipc_space
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 INIT_NAME = b"torpor-init"
 MS_PRIVATE, MS_SLAVE = 0x40000, 0x80000  # include/uapi/linux/mount.h
 #: The namespaces that a copy has for itself.
-KINDS = ("pid", "mnt")
+KINDS = ("pid", "mnt", "ipc")
 
 
 class Home:
@@ -57,6 +57,10 @@ class Home:
         fd = os.open(f"/proc/{self.init}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         ctx.adopt(fd)
         ctx.memo["namespace root", self.inodes["mnt"]] = fd
+        if self.inodes["ipc"] != _inode(os.getpid(), "ipc"):
+            ipc_fd = os.open(f"/proc/{self.init}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
+            ctx.adopt(ipc_fd)
+            ctx.memo["ipc space"] = ipc_space.IpcSpace(ipc_fd)
 
     def number(self, pid: int, ctx: DumpContext) -> int:
         """The number in the namespace of what is ``pid`` to us: a thread, a process group, a session; 0 if it is not in
@@ -90,7 +94,7 @@ class Home:
                 here.remove(_shown(mount))
             elif (mount.mountpoint, mount.fstype, mount.root) == (b"/proc", b"proc", b"/") and not own_proc:
                 own_proc = True
-            elif not devpts.is_own(mount):  # all that is in that one is the tree's
+            elif not devpts.is_own(mount) and not ipc_space.is_own(mount):  # all that is in those is the tree's
                 yield _refused(mount)
         if self.is_root:
             try:

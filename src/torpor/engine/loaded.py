@@ -164,6 +164,7 @@ class Loaded:
         self.build_files(ctx)
         sysv_ipc.prepare(ctx)
         restore_memory.prepare(self.snapshot, ctx)
+        sysv_ipc.prepare_rest(ctx)
         generation.announce(self.snapshot, ctx)
         self.build_directories(ctx)
         for key in ctx.inherited.unused():

@@ -137,7 +137,7 @@ def _blockers(
         own["cgroup"] = os.stat(f"/proc/{pid}/ns/cgroup").st_ino
         if home is not None:
             home.settle(ctx)
-            own["mnt"] = home.inodes["mnt"]
+            own["mnt"], own["ipc"] = home.inodes["mnt"], home.inodes["ipc"]
             found += _in_context(home.troubles(tree), pid)
         outside = tree[pid][1].session
         if outside not in tree and not options.shell_job:

@@ -33,8 +33,8 @@ from ..proc.read import read
 from ..remote import held, machine, stub
 from ..remote.held import CLONE_FILES, Inits
 from ..remote.program import Program
-from ..resources import MappingKinds, cgroups_build, devpts, generation, net_namespace, sysv_ipc
-from ..resources.base import VMA_SYSVIPC, BuildContext
+from ..resources import MappingKinds, cgroups_build, devpts, generation, ipc_space, net_namespace, sysv_ipc
+from ..resources.base import BuildContext
 from ..resources.unix_names import RENAMED
 from ..undo import Undo
 from . import conduct, restore_memory
@@ -173,11 +173,9 @@ class Template:
         if snapshot.root.zombie:
             raise Unsupported("the root of the snapshot has ended: there is nothing to copy")
         cgroups_build.prepare(snapshot, self.ctx)
-        sysv_ipc.prepare(self.ctx)
+        self.ipc = ipc_space.is_used(snapshot, self.ctx)
         #: (resource, entry) of mappings that each copy has for itself
         self.own_mappings = restore_memory.prepare(snapshot, self.ctx, inheritable=True)
-        for shmid in sorted({entry.shmid for _, entry in self.own_mappings if entry.status & VMA_SYSVIPC}):
-            log.warning(f"System V shared memory {shmid}: copies have it in common, as they are in one IPC namespace")
         self.loaded.build_directories(self.ctx)
         self.forebear = make_forebear(snapshot, self.ctx)
         self.connections = Connections(snapshot, self.options)
@@ -288,9 +286,12 @@ class _Copying:
         ctx.kept = list(lasting.kept)
         ctx.memo = dict(template.lasting)
         overlays = options.overlays if options is not None and options.overlays else template.overlays
-        if options is None and (overlays or template.pts):
+        if options is None and (overlays or template.pts or template.ipc):
             options = CopyOptions()
-        self.wishes = Wishes(options, self.snapshot, ctx, overlays, template.pts) if options is not None else None
+        self.wishes = (
+            Wishes(options, self.snapshot, ctx, overlays, template.pts, ipc=template.ipc)
+            if options is not None else None
+        )  # fmt: skip
         self.forebear = template.forebear
         #: Is the root the init of its pid namespace?
         self.as_init = self.snapshot.root.own_pid == INIT_PID
@@ -328,8 +329,12 @@ class _Copying:
 
     def _build(self, mappings: list[tuple[Any, Message]]) -> None:
         self.template.loaded.build_files(self.ctx)
+        if self.template.ipc:
+            sysv_ipc.prepare(self.ctx)
         for kind, entry in mappings:
             kind.prepare(entry, self.ctx)
+        if self.template.ipc:
+            sysv_ipc.prepare_rest(self.ctx)
         generation.announce(self.snapshot, self.ctx)
 
     def _build_under(self, overlays: Overlays, annex: Annex) -> None:

@@ -220,15 +220,22 @@ class Inits:
             slot = self._by_pid.setdefault(pid, len(self._by_pid))
             self._ready.append(Init(pid, self._slots + 8 * slot))
 
+    def _prepare_early(self, *, wait: bool) -> None:
+        """As prepare(), for a copy to come, which will have another one ordered if there was no room for this one."""
+        try:
+            self.prepare(wait=wait)
+        except TorporError as error:
+            log.info(f"no init for the next copy yet: {error}")
+
     def keep_ready(self) -> None:
         """Have two there, and the first of them at work, if any was ever taken. Raises KernelError."""
         if self._by_pid:
             self.advance()
-            self.prepare(wait=False)
+            self._prepare_early(wait=False)
 
     def advance(self) -> None:
         """Have the first at work, and another one cloned, meanwhile. Raises KernelError."""
-        self.prepare(wait=not self._ready)
+        self._prepare_early(wait=not self._ready)
         if self._ready and not self._ready[0].goes:
             try:
                 self._go(self._ready[0])
@@ -266,6 +273,8 @@ class Inits:
                 self._ready.remove(one)
                 self._end(one)
         early = bool(self._ready) and self._ready[0].goes
+        if not self._ready:
+            self._prepare_early(wait=True)
         if not self._ready:
             self.order()
             self.prepare()

@@ -33,7 +33,7 @@ KILL_TIMEOUT_S = 10.0  # only an uninterruptible wait can take that long
 F_SETFD = 2
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
 CLOSE_RANGE_UNSHARE = 2
-CLONE_VM, CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWPID = 0x100, 0x80, 0x20000, 0x20000000
+CLONE_VM, CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x100, 0x80, 0x20000, 0x8000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
 OPTIONS = (
     ptrace.O_EXITKILL | ptrace.O_TRACESYSGOOD | ptrace.O_TRACEFORK | ptrace.O_TRACEVFORK | ptrace.O_TRACECLONE
@@ -149,7 +149,7 @@ def elf(base: int, code: bytes, data: bytes) -> bytes:
 def launch(
     set_tid: Sequence[int], arena: Arena, keep: Sequence[int], *, sibling: bool = False,
     clock_offsets: bytes = b"", own_pids: bool = False, propagation: int = MS_SLAVE,
-    mounts: tuple[int, int] | None = None,
+    mounts: tuple[int, int, int] | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Clone and start the first stub; returns (its pid as we see it, the address of its init code: ``start_init``).
 
@@ -157,9 +157,8 @@ def launch(
     their close-on-exec flag; ``sibling`` makes it a child of our parent. ``clock_offsets`` is what
     /proc/self/timens_offsets is to hold in a time namespace of its own. ``own_pids``: it is process 1 of a new pid
     namespace, with ``propagation`` (MS_SLAVE, MS_PRIVATE) in a mount namespace of its own where it sees a /proc of
-    that; it has a copy of our mounts unless ``mounts`` says which: descriptors of a namespace and of a root directory
-    in it. It is traced by us, is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST:
-    the pid is taken).
+    that; it has a copy of our mounts unless ``mounts`` says which: descriptors as for emit_entry(). It is traced by us,
+    is killed when we die, and is stopped with the arena mapped. Raises KernelError (EEXIST: the pid is taken).
     """
     bootstrap = Program("bootstrap of the stub")
     emit_arena(bootstrap, arena)
@@ -203,7 +202,7 @@ def emit_arena(program: Program, arena: Arena) -> None:
 
 def _exec_program(
     ready: int, go: int, elf_fd: int, arena_fd: int, keep: Sequence[int], clock_offsets: bytes, propagation: int,
-    mounts: tuple[int, int] | None,
+    mounts: tuple[int, int, int] | None,
 ) -> Program:  # fmt: skip
     program = Program("start of the stub")
     # Ends here, in a trap that kills it, if we die before we trace it: the pipe gives end of file then.
@@ -225,11 +224,15 @@ def _exec_program(
     return program
 
 
-def emit_entry(program: Program, namespace: int, root: int) -> None:
-    """Emit the move into a mount namespace, and to the directory ``root`` in it as the root; both are descriptors."""
+def emit_entry(program: Program, namespace: int, root: int, ipc: int = -1) -> None:
+    """Emit the move into a mount namespace, and to the directory ``root`` in it as the root, and into the IPC namespace
+    ``ipc``, unless that is -1; all are descriptors.
+    """
     program.call("setns", namespace, CLONE_NEWNS, why="a mount namespace of its own")
     program.call("fchdir", root)
     program.call("chroot", b".\0")
+    if ipc >= 0:
+        program.call("setns", ipc, CLONE_NEWIPC, why="an IPC namespace of its own")
 
 
 def emit_proc(program: Program, propagation: int = MS_SLAVE) -> None:

@@ -1,12 +1,13 @@
-"""System V semaphores and message queues of the host's IPC namespace.
+"""System V semaphores and message queues.
 
 Image: ipcns-sem-N (ipc_sem_entry, with SEM_UNDO in a field of ours) and ipcns-msg-N (ipc_msg_entry), as for a
 namespace of its own. Kernel: ipc/sem.c, ipc/msg.c
 
 Tasks hold no descriptors of them, so that nobody can say which ones they will use. Stored is what they are known to
 have used: sets of which they have something to give back when they end (SEM_UNDO) or which they were the last to
-change, queues that they were the last to send to or to receive from. They outlive the tasks: at a restore those that
-are there are used as they are, and the others are made, with the identifier that they had.
+change, queues that they were the last to send to or to receive from, segments that they have made or were the last to
+attach or detach; and of an IPC namespace that is the tree's (ipc_space.py) all. They outlive the tasks: at a restore
+those that are there are used as they are, and the others are made, with the identifier that they had.
 
 When a task ends the kernel takes its adjustments back. So a restore in the same system does again what was undone:
 who held a semaphore takes it, and must be able to.
@@ -26,6 +27,7 @@ from ..images.payload import join_queue, split_queue
 from ..linux.call import address_of, buffer, call
 from ..linux.kernel import prctl
 from ..proc.read import read_system
+from . import ipc_space
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,14 +57,13 @@ _STAT_BYTES, _UID, _GID, _MODE, _QBYTES = 256, 4, 8, 20, 88
 # -------------------------------------------------------------------------------------------- dump
 
 
-def _foreign(ctx: DumpContext) -> bool:
-    """Have the tasks an IPC namespace of their own, which is dumped whole?"""
-    return ("ipc", "number") in ctx.memo
-
-
 def check(pids: Iterable[int], ctx: DumpContext) -> None:
     """Raise Unsupported for what the tasks are known to use and cannot be dumped; nothing is frozen yet."""
-    for row in _used_queues(set(pids)):
+    ipc_space.within(ctx, lambda: _check(set(pids), ctx))
+
+
+def _check(pids: set[int], ctx: DumpContext) -> None:
+    for row in _used_queues(pids, ctx):
         if row.cbytes > limits.MESSAGE_BYTES_MAX // 2:
             raise Unsupported(
                 f"System V message queue {row.msqid}: {row.cbytes} bytes of messages wait in it",
@@ -82,18 +83,25 @@ def check(pids: Iterable[int], ctx: DumpContext) -> None:
 
 def finish(ctx: DumpContext) -> None:
     """Write the semaphores and queues that the tasks are known to use, all of which are stopped."""
-    if _foreign(ctx):
-        return
+    ipc_space.within(ctx, lambda: _finish(ctx))
+
+
+def _finish(ctx: DumpContext) -> None:
     pids = {task.pid for task in ctx.tasks.values() if not task.zombie}
     rows = {row.semid: row for row in _sets()}
     undo = _undo(ctx, {semid: row.nsems for semid, row in rows.items()}) if rows else {}
     for semid, row in rows.items():
-        if semid in undo or _changed_by(row, pids):
+        if ipc_space.is_whole(ctx) or semid in undo or _changed_by(row, pids):
             with doing(f"System V semaphores {semid}"):
                 _write_set(row, undo.get(semid, []), ctx)
-    for queue in _used_queues(pids):
+    for queue in _used_queues(pids, ctx):
         with doing(f"System V message queue {queue.msqid}"):
             _write_queue(queue, ctx)
+    segments = [row for row in _segments() if ipc_space.is_whole(ctx) or {row.cpid, row.lpid} & pids]
+    if segments:
+        from .memory import sysv
+
+        sysv.write_rest(segments, ctx)
 
 
 def _undo(ctx: DumpContext, sizes: dict[int, int]) -> dict[int, list[Undone]]:
@@ -142,6 +150,12 @@ def _sets() -> list[sysvipc.Sem]:
     return sysvipc.parse_sem(read_system("sysvipc/sem"))
 
 
+def _segments() -> list[sysvipc.Shm]:
+    from ..proc import sysvipc
+
+    return sysvipc.parse_shm(read_system("sysvipc/shm"))
+
+
 def _queues() -> list[sysvipc.Msg]:
     from ..proc import sysvipc
 
@@ -155,8 +169,8 @@ def _changed_by(row: sysvipc.Sem, pids: set[int]) -> bool:
         return False  # removed meanwhile, or not for us to see
 
 
-def _used_queues(pids: set[int]) -> list[sysvipc.Msg]:
-    return [row for row in _queues() if {row.lspid, row.lrpid} & pids]
+def _used_queues(pids: set[int], ctx: DumpContext) -> list[sysvipc.Msg]:
+    return [row for row in _queues() if ipc_space.is_whole(ctx) or {row.lspid, row.lrpid} & pids]
 
 
 def _desc(row: Any, number: int) -> Message:
@@ -231,8 +245,6 @@ class Adjustment:
 
 def prepare(ctx: BuildContext) -> None:
     """See to it that all semaphores and queues are there. Raises Unsupported where others are in their places."""
-    if ("ipc", "number") in ctx.memo:
-        return
     undo: dict[int, list[Adjustment]] = ctx.memo.setdefault("sem undo", {})
     image = f"ipcns-sem-{HOST_IPC}"
     for entry, payload in ctx.images.iter_with_payload(image) if ctx.images.has(image) else ():
@@ -246,6 +258,14 @@ def prepare(ctx: BuildContext) -> None:
     for entry, payload in ctx.images.iter_with_payload(image) if ctx.images.has(image) else ():
         with doing(f"System V message queue {entry.desc.id}"):
             _make_queue(entry, split_queue(payload, image, f"queue {entry.desc.id}"), ctx)
+
+
+def prepare_rest(ctx: BuildContext) -> None:
+    """As prepare(), for segments that no task has attached; to be called when the others are there."""
+    if ctx.images.has(f"ipcns-shm-{HOST_IPC}"):
+        from .memory import sysv
+
+        sysv.prepare_rest(ctx)
 
 
 def _check_undo(entry: Message, image: str) -> None:

@@ -21,6 +21,7 @@ from ...linux.call import buffer, call, try_call
 from ...linux.kernel import prctl
 from ...proc import maps, sysvipc
 from ...proc.read import read, read_system
+from .. import ipc_space
 from ..base import (
     MAP_ANONYMOUS,
     VMA_ANON_SHARED,
@@ -32,6 +33,7 @@ from ..files import memfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from ...images.schema import Message
@@ -62,7 +64,7 @@ class SysvShared(MappingResource):
     PRIVATE_PAGES = False
 
     def check(self, mapping: Any, pid: int, ctx: DumpContext) -> None:
-        _find(mapping.vma.inode)
+        ipc_space.within(ctx, lambda: _find(mapping.vma.inode))
 
     def dump(self, mapping: Any, task: Any, ctx: DumpContext, entry: Message) -> None:
         vma = mapping.vma
@@ -75,17 +77,14 @@ class SysvShared(MappingResource):
         if key not in ctx.memo:
             ctx.memo[key] = True
             with doing(f"System V shared memory {vma.inode}"):
-                _write_segment(vma.inode, f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}", ctx)
+                row = ipc_space.within(ctx, lambda: _find(vma.inode))
+                _write_segment(row, f"/proc/{task.pid}/map_files/{vma.start:x}-{vma.end:x}", ctx)
 
     def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
         return False
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
-        def make() -> int:
-            with doing(f"System V shared memory {entry.shmid}"):
-                return _segment(entry.shmid, ctx)
-
-        ctx.once(("sysv shm", entry.shmid), make)
+        _prepare(entry.shmid, ctx)
 
     def restore(self, entry: Message, prot: int, program: Program, ctx: BuildContext) -> None:
         size: int = ctx.memo["sysv shm", entry.shmid]
@@ -161,8 +160,16 @@ def _find(shmid: int) -> sysvipc.Shm:
 # -------------------------------------------------------------------------------------------- dump
 
 
-def _write_segment(shmid: int, link: str, ctx: DumpContext) -> None:
-    row = _find(shmid)
+def write_rest(rows: Iterable[sysvipc.Shm], ctx: DumpContext) -> None:
+    """Write those of the segments that no task has attached. We are in their IPC namespace."""
+    for row in rows:
+        if ("sysv shm", row.shmid) not in ctx.memo:
+            with doing(f"System V shared memory {row.shmid}"), _Attached(row.shmid) as link:
+                _write_segment(row, link, ctx)
+
+
+def _write_segment(row: sysvipc.Shm, link: str, ctx: DumpContext) -> None:
+    shmid = row.shmid
     entry = pb.ipc_shm_entry(size=row.size, in_pagemaps=True)
     entry.desc.CopyFrom(
         pb.ipc_desc_entry(
@@ -181,7 +188,7 @@ def _write_segment(shmid: int, link: str, ctx: DumpContext) -> None:
         status = os.fstat(fd)
         if status.st_blksize > PAGE:
             entry.hugetlb_flag = SHM_HUGETLB | (status.st_blksize.bit_length() - 1) << HUGE_SHIFT
-        ctx.images.append(f"ipcns-shm-{ctx.memo.get(('ipc', 'number'), HOST_IPC)}", entry)
+        ctx.images.append(f"ipcns-shm-{HOST_IPC}", entry)
         memfd.write_content(ctx, fd, shmid, _whole_pages(max(row.size, status.st_size)))
     finally:
         os.close(fd)
@@ -198,6 +205,22 @@ def _segments(ctx: BuildContext) -> dict[int, Message]:
             for entry, _ in ctx.images.iter_with_payload(name):
                 found[entry.desc.id] = entry
     return found
+
+
+def prepare_rest(ctx: BuildContext) -> None:
+    """See to it that the segments exist that no task has attached. What is there is left as it is."""
+    there = {row.shmid for row in _rows()}
+    for shmid in ctx.once(("sysv shm", "all"), lambda: _segments(ctx)):
+        if shmid not in there:
+            _prepare(shmid, ctx)
+
+
+def _prepare(shmid: int, ctx: BuildContext) -> None:
+    def make() -> int:
+        with doing(f"System V shared memory {shmid}"):
+            return _segment(shmid, ctx)
+
+    ctx.once(("sysv shm", shmid), make)
 
 
 def _segment(shmid: int, ctx: BuildContext) -> int:
@@ -229,7 +252,9 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
         call("shmctl", shmid, SHM_LOCK, None)
     _fill(shmid, size, ctx, empty_first=False)
     if entry.desc.mode & SHM_DEST:  # removed already: it lasts as long as somebody is attached
-        ctx.memo.setdefault("after_mappings", []).append(lambda: call("shmctl", shmid, IPC_RMID, None))
+        ctx.memo.setdefault("after_mappings", []).append(
+            lambda: ipc_space.within(ctx, lambda: call("shmctl", shmid, IPC_RMID, None))
+        )
     return size
 
 
@@ -272,11 +297,9 @@ def _set_owner(desc: Message) -> None:
 
 
 def _fill(shmid: int, size: int, ctx: BuildContext, *, empty_first: bool) -> None:
-    """Write the content through /proc/self/map_files, for which it is attached for the moment."""
-    address = _attach(shmid)
-    try:
-        vma = next(vma for vma in maps.parse(read(os.getpid(), "maps")) if vma.start == address)
-        fd = os.open(f"/proc/self/map_files/{vma.start:x}-{vma.end:x}", os.O_RDWR | os.O_CLOEXEC)
+    """Write the content."""
+    with _Attached(shmid) as link:
+        fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
         try:
             whole = _whole_pages(size)
             if empty_first:
@@ -284,15 +307,29 @@ def _fill(shmid: int, size: int, ctx: BuildContext, *, empty_first: bool) -> Non
             memfd.read_content(ctx, fd, shmid, whole)
         finally:
             os.close(fd)
-    finally:
-        call("shmdt", address)
 
 
-def _attach(shmid: int) -> int:
-    address = try_call("shmat", shmid, None, 0)
-    if -4096 < address < 0:
-        raise KernelError("shmat", -address)
-    return address
+class _Attached:
+    """A context in which a segment is attached here; gives the link by which the file behind it can be opened."""
+
+    __slots__ = ("_address", "_shmid")
+
+    def __init__(self, shmid: int) -> None:
+        self._shmid = shmid
+
+    def __enter__(self) -> str:
+        self._address = try_call("shmat", self._shmid, None, 0)
+        if -4096 < self._address < 0:
+            raise KernelError("shmat", -self._address)
+        try:
+            vma = next(vma for vma in maps.parse(read(os.getpid(), "maps")) if vma.start == self._address)
+        except BaseException:
+            self.__exit__()
+            raise
+        return f"/proc/{os.getpid()}/map_files/{vma.start:x}-{vma.end:x}"
+
+    def __exit__(self, *error: object) -> None:
+        try_call("shmdt", self._address)
 
 
 RESOURCE = SysvShared()
