@@ -7,10 +7,11 @@
                  └─ init of copy 2 ── root of copy 2 ── …
 
 A copy is what a plain restore makes, by the same programs, but for the memory of its root, which is there when it is
-born. It takes these steps: the builder (we) makes the copy's own open files; the held stub clones the copy's init (in
-new pid and mount namespaces, sharing the stub's memory, which an init does not need); the init forks the root, with the
-memory and with our descriptor table as they are then; the root's program does the rest. Nothing but memory that nobody
-has written to is shared with the siblings.
+born. It takes these steps: the held stub clones the copy's init (in new pid and mount namespaces, sharing the stub's
+memory, which an init does not need); the init forks the root, with the memory; the builder (we) makes the copy's own
+open files, of which the root gets its own table with the first call of its program, which does the rest. The first two
+are done ahead of time where nothing has to be done in between. Nothing but memory that nobody has written to is shared
+with the siblings.
 
 The held stub is traced and dies with us, and so does a copy that is not complete; complete ones live on.
 """
