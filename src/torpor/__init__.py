@@ -6,7 +6,7 @@
 
     result = torpor.dump(pid, "/var/snap")          # the tree below pid is in /var/snap, and gone
     tree = torpor.restore("/var/snap")              # it runs again, as children of this process
-    with torpor.template("/var/snap") as template:  # any number of times, a few milliseconds each
+    with torpor.template("/var/snap") as template:  # any number of times, about a millisecond each
         copies = [template.clone(stdout=log) for log in logs]
     for problem in torpor.check(pid):               # what would stop a dump, before anything is frozen
         print(problem)

@@ -12,7 +12,7 @@ VERBS = {
     "dump": ("torpor.cli.dump", "freeze a tree of processes into a directory of images"),
     "restore": ("torpor.cli.restore", "wake it up again"),
     "template": ("torpor.cli.template", "hold a snapshot ready to be copied"),
-    "clone": ("torpor.cli.clone", "make copies of a template, in a few milliseconds each"),
+    "clone": ("torpor.cli.clone", "make copies of a template, in about a millisecond each"),
     "check": ("torpor.cli.check", "say what this kernel can do, or what stands in a dump's way"),
     "show": ("torpor.cli.show", "show what is in a snapshot"),
     "plain": ("torpor.cli.plain", "copy a snapshot in the form that CRIU reads"),

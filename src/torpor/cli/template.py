@@ -13,7 +13,7 @@ from .terminal import err, out, out_json, table
 USAGE = "torpor template start DIR [OPTION...], torpor template list|stop [NAME]"
 TEXT = """\
 A template is a snapshot whose memory has been restored once and is held just before the first instruction. `torpor
-clone NAME` makes copies of it, in a few milliseconds each, that share all memory which they do not write to.
+clone NAME` makes copies of it, in about a millisecond each, that share all memory which they do not write to.
 
   start DIR    restore the snapshot in DIR and hold it; --name NAME, or else the name of the directory
   list         the templates that there are; --json
