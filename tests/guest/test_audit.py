@@ -96,6 +96,27 @@ def test_one_task_of_a_tree_that_does_not_take_part(taken: Callable[..., str]) -
     assert [one.what for one in found.refused()] == ["openssl"]
 
 
+def test_memory_of_files(taken: Callable[..., str], tmp_path: os.PathLike[str]) -> None:
+    """Those with names are common to all copies, unless they are in an overlay; the others are made for each."""
+    source = """
+import mmap, os, sys
+def mapped(path, unlink=False, prot=mmap.PROT_READ | mmap.PROT_WRITE):
+    fd = os.open(path, os.O_CREAT | os.O_RDWR)
+    os.truncate(fd, 4096)
+    if unlink:
+        os.unlink(path)
+    return mmap.mmap(fd, 4096, prot=prot)
+"""
+    folder = os.fspath(tmp_path)
+    kept = f"both = mapped('{folder}/gone', True), mapped('{folder}/read', prot=mmap.PROT_READ)\n"
+    assert "shared-files" not in severities(torpor.audit(taken(source + kept + WAITS)))
+    images = taken(f"{source}one = mapped('{folder}/file')\n{WAITS}")
+    found = torpor.audit(images).find("shared-files")
+    assert found is not None and found.severity == "state" and not found.renewed
+    renewed = torpor.audit(images, own_pids=True, overlay=[f"{folder}/"]).find("shared-files")
+    assert renewed is not None and renewed.renewed == "--overlay"
+
+
 TLS = """
 import socket
 listener = socket.create_server(("127.0.0.1", 0))

@@ -7,6 +7,7 @@ It names what is *known* to be shared: a secret in a place that nobody knows of 
 from __future__ import annotations
 
 import os
+import stat
 
 from ..errors import Blockers, ImageError, Unsupported, UsageError, doing
 from ..images import schema as pb
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from ..options import Options
 
+PROT_WRITE = 2
 MADV_DONTDUMP, MADV_WIPEONFORK = 16, 18
 TCP_ESTABLISHED, TCP_LISTEN, IPPROTO_TCP = 1, 10, 6
 AF_INET = (2, 10)
@@ -146,6 +148,11 @@ OWN: dict[str, tuple[str, str, str, str]] = {
         "memory that is locked or kept out of core dumps, which is where libraries put keys: all copies have the same",
         "renew keys that are not meant to be shared",
     ),
+    "files": (
+        "shared-files", STATE,
+        "memory that is mapped from files with names (those in /dev/shm among them): what one copy writes, all read",
+        "give each copy its own with --overlay and the directory that they are in",
+    ),
     "machine": (
         "machine-id", NOTE, "the machine id, by which copies take themselves for one and the same machine",
         "give each copy an /etc/machine-id of its own where that matters",
@@ -181,6 +188,7 @@ class _Look:
         self.reader = reader
         self.options = options
         self.files: dict[int, Any] = {entry.id: entry for entry in reader.files()}
+        self.removed = {one.orig_id for one in reader.read_all("remap-fpath")}  # each copy has those for itself
         self.found: dict[str, Shared] = {}
         self.guests: set[int] = _guests(reader) if options.new_generation else set()
 
@@ -242,6 +250,18 @@ class _Look:
                 self.note(*OWN["wiped"], pid, "--fresh" if self.options.fresh else "")
             elif vma.status & base.VMA_ANON_PRIVATE and (vma.flags & base.MAP_LOCKED or vma.madv >> MADV_DONTDUMP & 1):
                 self.note(*OWN["hidden"], pid, "")
+            elif vma.status & base.VMA_FILE_SHARED and vma.prot & PROT_WRITE and self._is_common(vma.shmid):
+                self.note(*OWN["files"], pid, "--overlay" if self._is_overlaid(self._path(vma.shmid)) else "")
+
+    def _is_common(self, file_id: int) -> bool:
+        """Do copies find a file by its name, all of them the same?"""
+        entry = self.files.get(file_id)
+        if entry is None or not entry.HasField("reg") or file_id in self.removed:
+            return False
+        return stat.S_ISREG(entry.reg.mode) and not entry.reg.HasField("generation")
+
+    def _is_overlaid(self, path: str) -> bool:
+        return any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.options.overlay)
 
     def _sockets(self, pid: int, tls: bool) -> None:
         for entry in self._open(pid):
