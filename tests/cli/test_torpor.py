@@ -191,6 +191,17 @@ def wait_until_it_waits(pid: int) -> None:
                 return
 
 
+def test_restore_hears_of_its_child_where_children_are_ignored(torpor) -> None:
+    """Who starts it may ignore SIGCHLD, which is inherited."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = torpor.start("restore", ".", fake="exit 7")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with process:
+        assert process.wait(timeout=30) == 7
+
+
 def test_restore_detached_prints_the_pid(torpor) -> None:
     done = torpor("restore", ".", "-d", fake="exit 0")
     assert done.status == 0

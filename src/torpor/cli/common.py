@@ -146,6 +146,13 @@ def catch_signals() -> None:
             signal.signal(number, interrupt)
 
 
+def hear_of_children() -> None:
+    """From now on the end of a child leaves a status, also when we were started with SIGCHLD ignored."""
+    import signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def hold_signals(action: Action, held: list[int]) -> None:
     """To be told of a restore's actions: when the tasks are about to run, and nothing can be taken back any more,
     signals no longer interrupt it. Those that come are noted in ``held``, for who waits for the tree.

@@ -7,7 +7,7 @@ import os
 from ..collector import Paused
 from ..errors import UsageError
 from ..options import Options
-from .common import catch_signals, hold_signals, open_log
+from .common import catch_signals, hear_of_children, hold_signals, open_log
 from .parse import VerbHelp, parse, settle_paths
 from .terminal import Progress, out, out_json
 
@@ -51,6 +51,7 @@ def main(words: list[str]) -> int:
     if options.explain:
         return _explain(options)
     catch_signals()
+    hear_of_children()
     held: list[int] = []
     options.notify = lambda action: hold_signals(action, held)
     with Progress() as progress:
