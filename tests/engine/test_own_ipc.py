@@ -78,6 +78,9 @@ def answer(line):
         os.close(again)
         must(libc.msgsnd(msg, struct.pack("q", 9) + b"again", 5, 0))
         return True
+    if line == "close":
+        os.close(mq)
+        return True
     if line == "undo":  # what a child does to a semaphore that is locked until we end
         child = os.fork()
         if child == 0:
@@ -202,4 +205,14 @@ def test_a_failed_copy_leaves_none(snapshot: Target, images: str) -> None:
         assert left <= set(before["processes"])
         copy = Talk(template)
         assert copy.ask("look") == LOOK
+        copy.end()
+
+
+def test_a_queue_that_no_task_has_open_is_refused(snapshot: Target, images: str, tmp_path: os.PathLike[str]) -> None:
+    with torpor.template(images) as template:
+        copy = Talk(template)
+        assert copy.ask("close")
+        with pytest.raises(torpor.Unsupported, match=f"message queue /torpor-test-{snapshot.pid} .* no task has it open"):
+            torpor.dump(copy.copy.pid, os.fspath(tmp_path))
+        assert copy.ask("change") == [11, 0, 6], "it goes on"
         copy.end()

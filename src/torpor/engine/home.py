@@ -6,8 +6,8 @@ what another copy is woken in is the same again. What is not so is refused by na
 root, mounts that are not found here. What is in the IPC namespace is dumped (resources/ipc_space.py).
 
 Where the root is process 1 itself, it is the only init there is; then the pid namespace is kept like any other
-(engine/pid_spaces.py), and with it that there is such a mount namespace. `unshare --pid --fork --mount-proc` makes the
-same.
+(engine/pid_spaces.py), and with it that there is such a mount namespace, but no IPC namespace. `unshare --pid --fork
+--mount-proc` makes the same.
 
 All numbers of processes in the images are those that the tree knows itself by (``SourceTask.vpid``); those that the
 kernel tells us in its answers are ours, and are translated.
@@ -57,7 +57,7 @@ class Home:
         fd = os.open(f"/proc/{self.init}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         ctx.adopt(fd)
         ctx.memo["namespace root", self.inodes["mnt"]] = fd
-        if self.inodes["ipc"] != _inode(os.getpid(), "ipc"):
+        if not self.is_root and self.inodes["ipc"] != _inode(os.getpid(), "ipc"):
             ipc_fd = os.open(f"/proc/{self.init}/ns/ipc", os.O_RDONLY | os.O_CLOEXEC)
             ctx.adopt(ipc_fd)
             ctx.memo["ipc space"] = ipc_space.IpcSpace(ipc_fd)

@@ -13,7 +13,7 @@ from ..proc import smaps as proc_smaps
 from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import read
-from ..resources import FileKinds, MappingKinds, cgroups, generation, net_namespace, sysv_ipc
+from ..resources import FileKinds, MappingKinds, cgroups, generation, ipc_space, net_namespace, sysv_ipc
 from ..resources.base import DumpContext, MappingResource
 from ..resources.files import tty
 from . import collect, pid_spaces, threads
@@ -137,7 +137,9 @@ def _blockers(
         own["cgroup"] = os.stat(f"/proc/{pid}/ns/cgroup").st_ino
         if home is not None:
             home.settle(ctx)
-            own["mnt"], own["ipc"] = home.inodes["mnt"], home.inodes["ipc"]
+            own["mnt"] = home.inodes["mnt"]
+            if ipc_space.is_whole(ctx):
+                own["ipc"] = home.inodes["ipc"]
             found += _in_context(home.troubles(tree), pid)
         outside = tree[pid][1].session
         if outside not in tree and not options.shell_job:

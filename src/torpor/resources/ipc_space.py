@@ -10,9 +10,10 @@ is never a thread that may have any, but a child (apart.py) or a thread made for
 
 from __future__ import annotations
 
+import errno
 import os
 
-from ..errors import doing
+from ..errors import KernelError, doing
 from ..linux import mounts
 from ..linux.call import call
 from ..proc import mountinfo
@@ -107,6 +108,25 @@ def _settings() -> dict[str, bytes]:
         except FileNotFoundError:
             continue  # a kernel without POSIX message queues
     return found
+
+
+def queues() -> dict[int, str]:
+    """Inode → name of all POSIX message queues in the namespace of the calling thread. Raises KernelError."""
+    try:
+        mount = mounts.make("mqueue", {})
+    except KernelError as error:
+        if error.errno == errno.ENODEV:
+            return {}  # a kernel without them
+        raise
+    try:
+        folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+    finally:
+        os.close(mount)
+    try:
+        with os.scandir(folder) as found:
+            return {one.inode(): one.name for one in found}
+    finally:
+        os.close(folder)
 
 
 def mount_queues() -> None:

@@ -63,6 +63,12 @@ def check(pids: Iterable[int], ctx: DumpContext) -> None:
 
 
 def _check(pids: set[int], ctx: DumpContext) -> None:
+    for inode, name in ipc_space.queues().items() if ipc_space.is_whole(ctx) else ():
+        if inode not in ctx.memo.get("open queues", ()):
+            raise Unsupported(
+                f"message queue /{name} is in its IPC namespace, and no task has it open: it would be lost",
+                hint="have it open at the dump, or remove it (mq_unlink(3))",
+            )
     for row in _used_queues(pids, ctx):
         if row.cbytes > limits.MESSAGE_BYTES_MAX // 2:
             raise Unsupported(

@@ -50,6 +50,7 @@ class MessageQueue(FileResource):
         return file_system(fd) == mq.MQUEUE_MAGIC
 
     def check(self, source: SourceFile, ctx: DumpContext) -> None:
+        ctx.memo.setdefault("open queues", set()).add(source.stat.st_ino)
         fd = reopen_source(source)
         try:
             seen = text.parse(os.pread(fd, SIZE, 0))
