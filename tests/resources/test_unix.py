@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -507,6 +508,27 @@ def test_a_name_that_is_taken_stops_the_restore_and_nothing_is_left(
     assert not target.alive()
     library.restore(images)
     target.go()
+
+
+def test_names_that_somebody_gives_up_a_moment_later(start: Targets, library: Library, images: str) -> None:
+    """As the kernel does with a socket that requests to an io_uring hold, after its process has ended."""
+    target = start.python(
+        HEAD + "a, b = [socket(AF, STREAM) for _ in range(2)]\n"
+        "a.bind('path'); b.bind(f'\\0{os.getpid()}'); a.listen(); b.listen(); ready(); wait_told('go')" + TAIL
+    )
+    library.dump(target.pid, images)
+    target.wait_gone()
+    os.unlink(target.path("path"))
+    others = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    others[0].bind(target.path("path"))
+    others[1].bind(f"\0{target.pid}")
+    timers = [threading.Timer(delay, other.close) for delay, other in zip((0.03, 0.1), others, strict=True)]
+    for timer in timers:
+        timer.start()
+    library.restore(images)
+    target.go()
+    for timer in timers:
+        timer.join()
 
 
 def test_what_cannot_be_seen_without_taking_it_is_refused(start: Targets, library: Library, images: str) -> None:

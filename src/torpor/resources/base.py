@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from ..remote.program import Program
 
 
+#: Between looks at whether somebody else has what is needed. Who ended a moment ago may have it still: what requests to
+#: an io_uring hold is released by a thread of the kernel's (fs/file_table.c, delayed_fput()).
+PAUSES_S = (0.005, 0.02, 0.1, 0.2)
+
+
 class SourceFile:
     """An open file description of a task that is being dumped, seen through one of its descriptors.
 

@@ -10,12 +10,14 @@ import errno
 import fcntl
 import os
 import stat
+import time
 
 from ..errors import KernelError, Unsupported, doing
 from ..images import schema as pb
 from ..linux import sockets
 from ..linux.call import call
 from .apart import apart
+from .base import PAUSES_S
 from .paths import strip_deleted
 
 TYPE_CHECKING = False
@@ -80,16 +82,7 @@ def bind(fd: int, entry: Message, ctx: BuildContext) -> int:
     name = address(entry.name)
     with doing(f"socket {show(entry.name)}"):
         if not is_path(name):
-            try:
-                sockets.bind(fd, name)
-            except KernelError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise Unsupported(
-                        "another socket has that name now",
-                        hint="abstract names are those of a network namespace: end its process, or for a copy one of "
-                        "its own (torpor clone --net new)",
-                    ) from None
-                raise
+            _bind_abstract(fd, name)
             return -1
         folder = pb.get_bytes(entry.name_dir) or b"/"
         natural = os.path.join(folder, name)
@@ -110,6 +103,22 @@ def bind(fd: int, entry: Message, ctx: BuildContext) -> int:
         return anchor
 
 
+def _bind_abstract(fd: int, name: bytes) -> None:
+    for pause_s in (*PAUSES_S, 0):
+        try:
+            sockets.bind(fd, name)
+            return
+        except KernelError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        time.sleep(pause_s)
+    raise Unsupported(
+        "another socket has that name now",
+        hint="abstract names are those of a network namespace: end its process, or for a copy one of its own (torpor "
+        "clone --net new)",
+    )
+
+
 def _open(path: bytes, ctx: BuildContext) -> int:
     return ctx.keep(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
 
@@ -125,6 +134,14 @@ def _forget_on_failure(path: bytes, ctx: BuildContext) -> None:
     ctx.on_failure.add(f"socket {os.fsdecode(path)}", lambda: os.unlink(path))
 
 
+def _stays_used(path: bytes) -> bool:
+    for pause_s in PAUSES_S:
+        if not _is_used(path):
+            return False
+        time.sleep(pause_s)
+    return _is_used(path)
+
+
 def _make_way(path: bytes, ctx: BuildContext) -> None:
     """Remove what a bound socket left behind when it was closed. Raises Unsupported if anything else is there."""
     try:
@@ -133,7 +150,7 @@ def _make_way(path: bytes, ctx: BuildContext) -> None:
         return
     if not stat.S_ISSOCK(left.st_mode):
         raise Unsupported("a file that is no socket has its name now", hint="move that file away")
-    if _is_used(path):
+    if _stays_used(path):
         folder = os.fsdecode(os.path.dirname(path))
         raise Unsupported(
             "another process has bound a socket to its name",

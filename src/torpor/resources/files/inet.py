@@ -20,7 +20,7 @@ from ...linux import inet_diag, sockets
 from ...linux.call import call
 from ...linux.inet_diag import AF_INET, AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
 from .. import inet_dump, inet_options, inet_place, sockopts, tcp, udp_queue
-from ..base import FileResource
+from ..base import PAUSES_S, FileResource
 from ..fown import set_flags
 from ..inet_options import IPPROTO_UDPLITE, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, put
 from ..inet_place import describe, is_bound, is_connection, is_tcp, names, overlap
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 SHUT_RD, SHUT_RDWR = 0, 2
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75
-PAUSES_S = (0.005, 0.02, 0.1, 0.2)  # between looks at whether somebody else has a port
 
 
 class Inet(FileResource):
@@ -372,9 +371,7 @@ def _may_be_missing(entry: Message) -> bool:
 def refuse_conflicts(entries: list[Message]) -> None:
     """Raise Unsupported when somebody has a port or a connection that the images need. Nothing was made yet.
 
-    Ports that the socket would have shared (SO_REUSEPORT, SO_REUSEADDR of UDP) are left to bind(2). Who ended a moment
-    ago may have one still: what its requests to an io_uring hold is released by a thread of the kernel's
-    (fs/file_table.c, delayed_fput()).
+    Ports that the socket would have shared (SO_REUSEPORT, SO_REUSEADDR of UDP) are left to bind(2).
     """
     for pause_s in PAUSES_S:
         try:
