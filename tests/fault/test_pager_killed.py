@@ -29,6 +29,13 @@ def named(name: str) -> list[int]:
     return found
 
 
+def both() -> tuple[list[int], list[int]]:
+    """The pager and its guard, when both are there under their names: one is forked from the other."""
+    wait_until("there are both", lambda: named("torpor-pager") and named("torpor-guard"))
+    guards = named("torpor-guard")
+    return [pid for pid in named("torpor-pager") if pid not in guards], guards
+
+
 def end(pid: int) -> None:
     """Kill a pager or a guard. Until it is dead it is seen by its name, and the other one could be killed beside it."""
     os.kill(pid, signal.SIGKILL)
@@ -88,8 +95,8 @@ def test_a_guard_that_is_killed_when_it_has_started_a_pager(
 
     monkeypatch.setattr(pager.Pair, "run_pager", alone)
     target.pid = torpor.restore(images, map=True, map_lazy=True).pid
-    guards = named("torpor-guard")
-    os.kill(named("torpor-pager")[0], signal.SIGKILL)
+    pagers, guards = both()
+    os.kill(pagers[0], signal.SIGKILL)
     wait_until("both are others", lambda: named("torpor-pager") and set(named("torpor-guard")).isdisjoint(guards))
     target.tell("go")
     target.tell("enough")
@@ -130,9 +137,9 @@ def test_a_pager_that_dies_with_its_guard_before_the_tasks_run_fails_the_restore
 
     def kill_both(self: mapped.Handle) -> None:
         ready(self)
-        both = [*named("torpor-guard"), *named("torpor-pager")]
+        pagers, guards = both()
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in both:
+            for pid in (*guards, *pagers):
                 os.kill(pid, number)
         wait_until("both are gone", lambda: not named("torpor-guard") and not named("torpor-pager"))
 
@@ -181,8 +188,7 @@ def test_the_command_says_that_the_pager_was_replaced(start: Targets, images: st
     target.wait_gone()
     log = os.path.join(images, "log")
     run_torpor("restore", images, "-d", "--map", "--map-lazy", "-o", log).must()
-    wait_until("there are both", lambda: named("torpor-pager") and named("torpor-guard"))
-    os.kill(named("torpor-pager")[0], signal.SIGKILL)
+    os.kill(both()[0][0], signal.SIGKILL)
     target.tell("go")
     target.tell("enough")
     wait_until("it says how it was", lambda: target.read("result"), timeout=60)

@@ -176,12 +176,14 @@ def test_a_thread_stopped_in_a_critical_section_is_found() -> None:
     try:
         start, handler = struct.unpack("<QQ", os.read(hears, 16))
         found = []
-        for _ in range(50):
+        for _ in range(5000):  # how much of its time it spends there is the machine's business
             seized.seize([pid])
             ip = ptrace.get_regs(pid).ip
             if ip > start:  # behind the instruction that enters
                 found.append(rseq.abort_address(pid, ip))
             seized.release(pid)
+            if found.count(handler) > 10:
+                break
         assert found.count(handler) > 10
         # None: rseq_cs was cleared, and the thread on its way back through the handler.
         assert set(found) <= {handler, None}
