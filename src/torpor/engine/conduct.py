@@ -483,11 +483,11 @@ class Conductor:
         return [pid for pid in found if pid not in self.started and _traced_by_us(pid)]
 
     def _strays(self) -> list[int]:
-        """Stubs in our pid namespaces that were born when we had stopped listening; they die with their init, or have
+        """Stubs that were born when we had stopped listening. Those in our pid namespaces die with their init, or have
         died already and wait to be reaped by us. Not the inits themselves, nor what belongs to another tree.
         """
         if not self.apart:
-            return []
+            return self._newborn()
         parents: dict[int, int] = {}
         inside = []
         for pid in pids():

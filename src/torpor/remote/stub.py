@@ -367,7 +367,7 @@ def start_init(
 
 def kill(pids: Sequence[int], strays: Callable[[], Collection[int]] | None = None) -> None:
     """Kill stubs and take their exits. ``pids`` may hold threads as well. ``strays`` finds those that were born
-    meanwhile: while one is not reaped, the init of its pid namespace does not end.
+    meanwhile, which are killed too: while one is not reaped, the init of its pid namespace does not end.
 
     A thread that was born a moment ago is our tracee too, without our having heard of it: while it is not reaped its
     process does not end. So all threads are looked for, and waited for in whatever order they end.
@@ -375,21 +375,33 @@ def kill(pids: Sequence[int], strays: Callable[[], Collection[int]] | None = Non
     waiting = set(pids)
     for pid in reversed(pids):
         waiting.update(_threads(pid))
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        _send_kill(pid)
+    known = set(waiting)
     deadline = time.monotonic() + KILL_TIMEOUT_S
-    while waiting and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         ended = {tid for tid in waiting if _has_ended(tid)}
         waiting -= ended
-        if not ended:
-            for pid in pids:  # orphans that have come to us: the init of their pid namespace waits for them
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, ptrace.WALL | os.WNOHANG)
-            time.sleep(0.0005)
-            if strays is not None:
-                waiting.update(strays())
+        if ended:
+            continue
+        born = [pid for pid in strays() if pid not in known] if strays is not None else []
+        for pid in born:
+            _send_kill(pid)
+        late = {*born, *(tid for pid in (*pids, *born) for tid in _threads(pid))} - known
+        known |= late
+        waiting |= late
+        if not waiting:
+            return
+        for pid in pids:  # orphans that have come to us: the init of their pid namespace waits for them
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, ptrace.WALL | os.WNOHANG)
+            if pid in waiting:
+                _send_kill(pid)
+        time.sleep(0.0005)
+
+
+def _send_kill(pid: int) -> None:
+    with contextlib.suppress(OSError):  # it is done again and again
+        os.kill(pid, signal.SIGKILL)
 
 
 def _threads(pid: int) -> list[int]:
