@@ -517,11 +517,9 @@ class Conductor:
         """Kill everything that was started."""
         stub.kill([*(pid for pid in self.started if pid not in self.ended), *self._newborn()], self._strays)
         # Those that we did not trace any more, or that were their parents' zombies, have become our children by now.
-        for pid in self.started:
-            try:
-                os.waitpid(pid, ptrace.WALL | (os.WNOHANG if pid in self.ended else 0))
-            except ChildProcessError:
-                continue
+        stub.take_exits([pid for pid in self.started if pid not in self.ended])
+        for pid in self.ended:
+            stub.take_exit(pid)
 
 
 class State:

@@ -391,12 +391,28 @@ def kill(pids: Sequence[int], strays: Callable[[], Collection[int]] | None = Non
         waiting |= late
         if not waiting:
             return
-        for pid in pids:  # orphans that have come to us: the init of their pid namespace waits for them
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, ptrace.WALL | os.WNOHANG)
+        for pid in pids:
+            take_exit(pid)  # orphans that have come to us: the init of their pid namespace waits for them
             if pid in waiting:
                 _send_kill(pid)
         time.sleep(0.0005)
+
+
+def take_exits(pids: Collection[int]) -> None:
+    """Wait for the ends of those that are children of ours; they have been killed."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    left = [pid for pid in pids if not take_exit(pid)]
+    while left and time.monotonic() < deadline:
+        time.sleep(0.0005)
+        left = [pid for pid in left if not take_exit(pid)]
+
+
+def take_exit(pid: int) -> bool:
+    """Take the exit of a child that has ended. False: it has not; true also of what is no child of ours."""
+    try:
+        return os.waitpid(pid, ptrace.WALL | os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True
 
 
 def _send_kill(pid: int) -> None:
