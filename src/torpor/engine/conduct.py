@@ -15,7 +15,7 @@ from ..model.snapshot import INIT_PID, RestoredTask, RestoredThread, Snapshot
 from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import pids, read
-from ..proc.tasks import children
+from ..proc.tasks import children_if_alive
 from ..remote import machine, stub
 from ..remote.program import Program, Record, Row
 from ..remote.tracee import SIGTRAP, Dying, Stop, wait_stop
@@ -479,7 +479,7 @@ class Conductor:
         if not self.apart:
             found = [task.pid for task in self.snapshot.tasks.values()]
         else:
-            found = [child for pid in self.started for child in _children_if_alive(pid)]
+            found = [child for pid in self.started for child in children_if_alive(pid)]
         return [pid for pid in found if pid not in self.started and _traced_by_us(pid)]
 
     def _strays(self) -> list[int]:
@@ -542,13 +542,6 @@ def _is_below(pid: int, ancestors: Collection[int], parents: dict[int, int]) -> 
         if pid in ancestors:
             return True
     return False
-
-
-def _children_if_alive(pid: int) -> list[int]:
-    try:
-        return children(pid)
-    except (TaskGone, OSError):
-        return []
 
 
 def _take_end(tid: int) -> None:

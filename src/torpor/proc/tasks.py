@@ -46,6 +46,14 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def children_if_alive(pid: int) -> list[int]:
+    """As :func:`children`; none of a process that is gone."""
+    try:
+        return children(pid)
+    except (TaskGone, OSError):
+        return []
+
+
 def parent_of_ended(tid: int) -> int | None:
     """Return the parent's number where ``tid`` is ending or has ended and waits to be collected, else None.
 

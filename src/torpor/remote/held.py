@@ -17,7 +17,7 @@ from ..linux import ptrace
 from ..linux.launch import Launcher, SignalsBlocked
 from ..proc import status as proc_status
 from ..proc.read import read
-from ..proc.tasks import children
+from ..proc.tasks import children, children_if_alive
 from . import machine, stub
 from .program import Program
 from .tracee import SIGTRAP, Dying, Stop, wait_stop
@@ -187,7 +187,7 @@ class Inits:
 
     def _end(self, one: Init) -> None:
         """End one that nobody has taken, and its root, which may be born at this moment."""
-        stub.kill([one.pid], lambda: _children_if_alive(one.pid))
+        stub.kill([one.pid], lambda: children_if_alive(one.pid))
 
     def _strays(self) -> list[int]:
         """Children of ours that the held stub has cloned and that we have not heard of: they have its arena."""
@@ -379,13 +379,6 @@ class Inits:
             newborn = ptrace.event_message(self._holder)
         if newborn:
             stub.kill([newborn])
-
-
-def _children_if_alive(pid: int) -> list[int]:
-    try:
-        return children(pid)
-    except (TaskGone, OSError):
-        return []
 
 
 def _has_ended(pid: int) -> bool:

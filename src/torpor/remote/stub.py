@@ -379,7 +379,7 @@ def kill(pids: Sequence[int], strays: Callable[[], Collection[int]] | None = Non
     known = set(waiting)
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while time.monotonic() < deadline:
-        ended = {tid for tid in waiting if _has_ended(tid)}
+        ended = {tid for tid in waiting if take_exit(tid)}
         waiting -= ended
         if ended:
             continue
@@ -407,14 +407,6 @@ def take_exits(pids: Collection[int]) -> None:
         left = [pid for pid in left if not take_exit(pid)]
 
 
-def take_exit(pid: int) -> bool:
-    """Take the exit of a child that has ended. False: it has not; true also of what is no child of ours."""
-    try:
-        return os.waitpid(pid, ptrace.WALL | os.WNOHANG)[0] != 0
-    except ChildProcessError:
-        return True
-
-
 def _send_kill(pid: int) -> None:
     with contextlib.suppress(OSError):  # it is done again and again
         os.kill(pid, signal.SIGKILL)
@@ -427,7 +419,7 @@ def _threads(pid: int) -> list[int]:
         return []
 
 
-def _has_ended(tid: int) -> bool:
+def take_exit(tid: int) -> bool:
     """Has it ended, and been reaped by this, or is it no child or tracee of ours any more?"""
     try:
         pid, status = ptrace.wait(tid, os.WNOHANG)
