@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 
 from ..errors import Unsupported
 from ..linux.kernel import pidfd_getfd
@@ -30,6 +31,17 @@ if TYPE_CHECKING:
 #: Between looks at whether somebody else has what is needed. Who ended a moment ago may have it still: what requests to
 #: an io_uring hold is released by a thread of the kernel's (fs/file_table.c, delayed_fput()).
 PAUSES_S = (0.005, 0.02, 0.1, 0.2)
+
+
+def patiently(action: Callable[[], None]) -> None:
+    """Do ``action()``, and again after each of these pauses as long as it raises Unsupported."""
+    for pause_s in PAUSES_S:
+        try:
+            action()
+            return
+        except Unsupported:
+            time.sleep(pause_s)
+    action()
 
 
 class SourceFile:

@@ -10,14 +10,13 @@ import errno
 import fcntl
 import os
 import stat
-import time
 
 from ..errors import KernelError, Unsupported, doing
 from ..images import schema as pb
 from ..linux import sockets
 from ..linux.call import call
 from .apart import apart
-from .base import PAUSES_S
+from .base import patiently
 from .paths import strip_deleted
 
 TYPE_CHECKING = False
@@ -82,7 +81,7 @@ def bind(fd: int, entry: Message, ctx: BuildContext) -> int:
     name = address(entry.name)
     with doing(f"socket {show(entry.name)}"):
         if not is_path(name):
-            _bind_abstract(fd, name)
+            patiently(lambda: _bind_abstract(fd, name))
             return -1
         folder = pb.get_bytes(entry.name_dir) or b"/"
         natural = os.path.join(folder, name)
@@ -104,19 +103,16 @@ def bind(fd: int, entry: Message, ctx: BuildContext) -> int:
 
 
 def _bind_abstract(fd: int, name: bytes) -> None:
-    for pause_s in (*PAUSES_S, 0):
-        try:
-            sockets.bind(fd, name)
-            return
-        except KernelError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        time.sleep(pause_s)
-    raise Unsupported(
-        "another socket has that name now",
-        hint="abstract names are those of a network namespace: end its process, or for a copy one of its own (torpor "
-        "clone --net new)",
-    )
+    try:
+        sockets.bind(fd, name)
+    except KernelError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise Unsupported(
+            "another socket has that name now",
+            hint="abstract names are those of a network namespace: end its process, or for a copy one of its own "
+            "(torpor clone --net new)",
+        ) from None
 
 
 def _open(path: bytes, ctx: BuildContext) -> int:
@@ -134,12 +130,15 @@ def _forget_on_failure(path: bytes, ctx: BuildContext) -> None:
     ctx.on_failure.add(f"socket {os.fsdecode(path)}", lambda: os.unlink(path))
 
 
-def _stays_used(path: bytes) -> bool:
-    for pause_s in PAUSES_S:
-        if not _is_used(path):
-            return False
-        time.sleep(pause_s)
-    return _is_used(path)
+def _refuse_used(path: bytes, ctx: BuildContext) -> None:
+    if _is_used(path):
+        folder = os.fsdecode(os.path.dirname(path))
+        raise Unsupported(
+            "another process has bound a socket to its name",
+            hint=f"--overlay {folder} gives each copy files of its own there, --remap-address {os.fsdecode(path)}=NEW "
+            "another name" if ctx.options.own_pids
+            else "end that process; removing the file would cut it off from its clients",
+        )  # fmt: skip
 
 
 def _make_way(path: bytes, ctx: BuildContext) -> None:
@@ -150,14 +149,7 @@ def _make_way(path: bytes, ctx: BuildContext) -> None:
         return
     if not stat.S_ISSOCK(left.st_mode):
         raise Unsupported("a file that is no socket has its name now", hint="move that file away")
-    if _stays_used(path):
-        folder = os.fsdecode(os.path.dirname(path))
-        raise Unsupported(
-            "another process has bound a socket to its name",
-            hint=f"--overlay {folder} gives each copy files of its own there, --remap-address {os.fsdecode(path)}=NEW "
-            "another name" if ctx.options.own_pids
-            else "end that process; removing the file would cut it off from its clients",
-        )  # fmt: skip
+    patiently(lambda: _refuse_used(path, ctx))
     os.unlink(path)
 
     def put_back() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 
 from ... import log
 from ...errors import ImageError, KernelError, TorporError, Unsupported, doing
@@ -20,7 +19,7 @@ from ...linux import inet_diag, sockets
 from ...linux.call import call
 from ...linux.inet_diag import AF_INET, AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
 from .. import inet_dump, inet_options, inet_place, sockopts, tcp, udp_queue
-from ..base import PAUSES_S, FileResource
+from ..base import FileResource, patiently
 from ..fown import set_flags
 from ..inet_options import IPPROTO_UDPLITE, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, put
 from ..inet_place import describe, is_bound, is_connection, is_tcp, names, overlap
@@ -373,13 +372,7 @@ def refuse_conflicts(entries: list[Message]) -> None:
 
     Ports that the socket would have shared (SO_REUSEPORT, SO_REUSEADDR of UDP) are left to bind(2).
     """
-    for pause_s in PAUSES_S:
-        try:
-            _refuse_conflicts(entries)
-            return
-        except Unsupported:
-            time.sleep(pause_s)
-    _refuse_conflicts(entries)
+    patiently(lambda: _refuse_conflicts(entries))
 
 
 def _refuse_conflicts(entries: list[Message]) -> None:
