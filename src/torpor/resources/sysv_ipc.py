@@ -50,8 +50,8 @@ MSG_COPY, MSG_NOERROR = 0o40000, 0o10000
 PR_SET_DUMPABLE = 4
 SEM_VALUE_MAX = 32767
 _TRIES = 20
-#: struct semid64_ds, msqid64_ds: where uid, gid, mode and the bytes that a queue may hold lie in it
-_STAT_BYTES, _UID, _GID, _MODE, _QBYTES = 256, 4, 8, 20, 88
+#: struct semid64_ds, msqid64_ds, shmid64_ds: where uid, gid, mode and the bytes that a queue may hold lie in it
+STAT_BYTES, _UID, _GID, _MODE, _QBYTES = 256, 4, 8, 20, 88
 
 
 # -------------------------------------------------------------------------------------------- dump
@@ -103,11 +103,11 @@ def _finish(ctx: DumpContext) -> None:
     for queue in _used_queues(pids, ctx):
         with doing(f"System V message queue {queue.msqid}"):
             _write_queue(queue, ctx)
-    segments = [row for row in _segments() if ipc_space.is_whole(ctx) or {row.cpid, row.lpid} & pids]
-    if segments:
+    known = [row for row in segments() if ipc_space.is_whole(ctx) or {row.cpid, row.lpid} & pids]
+    if known:
         from .memory import sysv
 
-        sysv.write_rest(segments, ctx)
+        sysv.write_rest(known, ctx)
 
 
 def _undo(ctx: DumpContext, sizes: dict[int, int]) -> dict[int, list[Undone]]:
@@ -156,7 +156,8 @@ def _sets() -> list[sysvipc.Sem]:
     return sysvipc.parse_sem(read_system("sysvipc/sem"))
 
 
-def _segments() -> list[sysvipc.Shm]:
+def segments() -> list[sysvipc.Shm]:
+    """All segments of shared memory of our IPC namespace."""
     from ..proc import sysvipc
 
     return sysvipc.parse_shm(read_system("sysvipc/shm"))
@@ -179,7 +180,8 @@ def _used_queues(pids: set[int], ctx: DumpContext) -> list[sysvipc.Msg]:
     return [row for row in _queues() if ipc_space.is_whole(ctx) or {row.lspid, row.lrpid} & pids]
 
 
-def _desc(row: Any, number: int) -> Message:
+def desc_of(row: Any, number: int) -> Message:
+    """What all kinds of objects have in common, for the images. ``row``: that of /proc/sysvipc."""
     return pb.ipc_desc_entry(
         key=row.key & 0xFFFFFFFF, uid=row.uid, gid=row.gid, cuid=row.cuid, cgid=row.cgid, mode=row.perms, id=number
     )
@@ -187,7 +189,7 @@ def _desc(row: Any, number: int) -> Message:
 
 def _write_set(row: sysvipc.Sem, undo: list[Undone], ctx: DumpContext) -> None:
     entry = pb.ipc_sem_entry(nsems=row.nsems)
-    entry.desc.CopyFrom(_desc(row, row.semid))
+    entry.desc.CopyFrom(desc_of(row, row.semid))
     for pid, number, value in undo:
         entry.undo.add(pid=pid, number=number, adjust=value)
     ctx.images.append(f"ipcns-sem-{HOST_IPC}", entry, _values(row.semid, row.nsems).tobytes())
@@ -209,10 +211,10 @@ def _write_queue(row: sysvipc.Msg, ctx: DumpContext) -> None:
             if error.errno != errno.ENOMSG:
                 raise
             break
-    area = buffer(_STAT_BYTES)
+    area = buffer(STAT_BYTES)
     call("msgctl", row.msqid, IPC_STAT, area)
     entry = pb.ipc_msg_entry(qbytes=struct.unpack_from("<Q", area, _QBYTES)[0], qnum=len(messages))
-    entry.desc.CopyFrom(_desc(row, row.msqid))
+    entry.desc.CopyFrom(desc_of(row, row.msqid))
     ctx.images.append(f"ipcns-msg-{HOST_IPC}", entry, join_queue(messages))
 
 
@@ -295,15 +297,15 @@ def _make_set(entry: Message, payload: bytes, ctx: BuildContext) -> bool:
         _check_values(entry)
         return False
     _check_key(desc, [row.key for row in rows], "-S")
-    _create("sem", desc, lambda flags: _as(desc.cuid, desc.cgid, "semget", _signed(desc.key), entry.nsems, flags))
+    _create("sem", desc, lambda flags: as_creator(desc.cuid, desc.cgid, "semget", signed(desc.key), entry.nsems, flags))
     ctx.on_failure.add(f"remove semaphores {desc.id}", lambda: call("semctl", desc.id, 0, IPC_RMID, 0))
     values = array.array("H", payload[: 2 * entry.nsems])
     if any(value > SEM_VALUE_MAX for value in values):
         raise ImageError(f"ipcns-sem-{HOST_IPC}.img", f"set {desc.id}", "a value beyond all semaphores")
     call("semctl", desc.id, 0, SETALL, address_of(values))
-    area = buffer(_STAT_BYTES)
+    area = buffer(STAT_BYTES)
     call("semctl", desc.id, 0, IPC_STAT, address_of(area))
-    _pack_owner(area, desc)
+    pack_owner(area, desc)
     call("semctl", desc.id, 0, IPC_SET, address_of(area))
     return True
 
@@ -334,12 +336,12 @@ def _make_queue(entry: Message, messages: list[tuple[int, bytes]], ctx: BuildCon
             )
         return
     _check_key(desc, [row.key for row in rows], "-Q")
-    _create("msg", desc, lambda flags: _as(desc.cuid, desc.cgid, "msgget", _signed(desc.key), flags))
+    _create("msg", desc, lambda flags: as_creator(desc.cuid, desc.cgid, "msgget", signed(desc.key), flags))
     ctx.on_failure.add(f"remove message queue {desc.id}", lambda: call("msgctl", desc.id, IPC_RMID, None))
-    area = buffer(_STAT_BYTES)
+    area = buffer(STAT_BYTES)
     call("msgctl", desc.id, IPC_STAT, area)
     before = struct.unpack_from("<Q", area, _QBYTES)[0]
-    _pack_owner(area, desc)
+    pack_owner(area, desc)
     struct.pack_into("<Q", area, _QBYTES, entry.qbytes)
     try:
         call("msgctl", desc.id, IPC_SET, area)
@@ -366,11 +368,13 @@ def _check_key(desc: Message, keys: list[int], option: str) -> None:
         )
 
 
-def _signed(key: int) -> int:
+def signed(key: int) -> int:
+    """A key as the calls take it."""
     return key if key < 1 << 31 else key - (1 << 32)
 
 
-def _pack_owner(area: Any, desc: Message) -> None:
+def pack_owner(area: Any, desc: Message) -> None:
+    """Put owner and mode into what IPC_SET is given: they lie alike in all kinds."""
     for at, value in ((_UID, desc.uid), (_GID, desc.gid), (_MODE, desc.mode & 0o777)):
         struct.pack_into("<I", area, at, value)
 
@@ -392,7 +396,7 @@ def _create(kind: str, desc: Message, get: Any) -> None:
     raise Unsupported("its identifier cannot be had", hint=f"another one may be in its slot: ipcs -{letter}")
 
 
-def _as(uid: int, gid: int, name: str, *args: int) -> int:
+def as_creator(uid: int, gid: int, name: str, *args: int) -> int:
     """A call as another user: the creator of an object cannot be changed afterwards."""
     if not uid and not gid:
         return call(name, *args)

@@ -13,15 +13,13 @@ filled anew if not. Otherwise it is made, with the identifier that it had
 from __future__ import annotations
 
 import os
-import struct
 
 from ...errors import ImageError, KernelError, Unsupported, doing
 from ...images import schema as pb
 from ...linux.call import buffer, call, try_call
-from ...linux.kernel import prctl
 from ...proc import maps, sysvipc
-from ...proc.read import read, read_system
-from .. import ipc_space
+from ...proc.read import read
+from .. import ipc_space, sysv_ipc
 from ..base import (
     MAP_ANONYMOUS,
     VMA_ANON_SHARED,
@@ -47,13 +45,8 @@ HUGE_SHIFT = 26
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 PAGE = 4096
 PUNCH_HOLE_KEEP_SIZE = 3
-PR_SET_DUMPABLE = 4
-#: The number that all images have for the IPC namespace of the host: engine/preflight.py.
-HOST_IPC = 3
 NEXT_ID = "/proc/sys/kernel/shm_next_id"
 _TRIES = 20
-#: struct shmid64_ds: where uid, gid and mode lie in it
-_STAT_BYTES, _UID, _GID, _MODE = 256, 4, 8, 20
 
 
 class SysvShared(MappingResource):
@@ -146,12 +139,8 @@ def _whole_pages(size: int) -> int:
     return (size + PAGE - 1) & -PAGE
 
 
-def _rows() -> list[sysvipc.Shm]:
-    return sysvipc.parse_shm(read_system("sysvipc/shm"))
-
-
 def _find(shmid: int) -> sysvipc.Shm:
-    found = next((row for row in _rows() if row.shmid == shmid), None)
+    found = next((row for row in sysv_ipc.segments() if row.shmid == shmid), None)
     if found is None:
         raise Unsupported(f"System V shared memory {shmid} is of another IPC namespace")
     return found
@@ -171,24 +160,14 @@ def write_rest(rows: Iterable[sysvipc.Shm], ctx: DumpContext) -> None:
 def _write_segment(row: sysvipc.Shm, link: str, ctx: DumpContext) -> None:
     shmid = row.shmid
     entry = pb.ipc_shm_entry(size=row.size, in_pagemaps=True)
-    entry.desc.CopyFrom(
-        pb.ipc_desc_entry(
-            key=row.key & 0xFFFFFFFF,
-            uid=row.uid,
-            gid=row.gid,
-            cuid=row.cuid,
-            cgid=row.cgid,
-            mode=row.perms,
-            id=shmid,
-        )
-    )
+    entry.desc.CopyFrom(sysv_ipc.desc_of(row, shmid))
     # The link leads to the file behind the segment, which is read without being attached.
     fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if status.st_blksize > PAGE:
             entry.hugetlb_flag = SHM_HUGETLB | (status.st_blksize.bit_length() - 1) << HUGE_SHIFT
-        ctx.images.append(f"ipcns-shm-{HOST_IPC}", entry)
+        ctx.images.append(f"ipcns-shm-{sysv_ipc.HOST_IPC}", entry)
         memfd.write_content(ctx, fd, shmid, _whole_pages(max(row.size, status.st_size)))
     finally:
         os.close(fd)
@@ -209,7 +188,7 @@ def _segments(ctx: BuildContext) -> dict[int, Message]:
 
 def prepare_rest(ctx: BuildContext) -> None:
     """See to it that the segments exist that no task has attached. What is there is left as it is."""
-    there = {row.shmid for row in _rows()}
+    there = {row.shmid for row in sysv_ipc.segments()}
     for shmid in ctx.once(("sysv shm", "all"), lambda: _segments(ctx)):
         if shmid not in there:
             _prepare(shmid, ctx)
@@ -227,10 +206,10 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
     """See to it that the segment exists; its size in bytes."""
     entry = ctx.once(("sysv shm", "all"), lambda: _segments(ctx)).get(shmid)
     if entry is None:
-        raise ImageError(f"ipcns-shm-{HOST_IPC}.img", "", f"segment {shmid} is mapped and not there")
+        raise ImageError(f"ipcns-shm-{sysv_ipc.HOST_IPC}.img", "", f"segment {shmid} is mapped and not there")
     if not entry.in_pagemaps:
         raise Unsupported("its content is stored in the form of CRIU before 3.14")
-    rows = _rows()
+    rows = sysv_ipc.segments()
     present = next((row for row in rows if row.shmid == shmid), None)
     size: int = entry.size
     if present is not None:
@@ -261,11 +240,11 @@ def _segment(shmid: int, ctx: BuildContext) -> int:
 def _create(entry: Message) -> None:
     desc = entry.desc
     flags = IPC_CREAT | IPC_EXCL | desc.mode & 0o777 | entry.hugetlb_flag
-    key = desc.key if desc.key < 1 << 31 else desc.key - (1 << 32)
+    key = sysv_ipc.signed(desc.key)
     for _ in range(_TRIES):
         with open(NEXT_ID, "w") as file:
             file.write(str(desc.id))
-        number = _as(desc.cuid, desc.cgid, key, entry.size, flags)
+        number = sysv_ipc.as_creator(desc.cuid, desc.cgid, "shmget", key, entry.size, flags)
         if number == desc.id:
             return
         # Somebody else's shmget(2) came in between, or the slot is occupied.
@@ -273,26 +252,10 @@ def _create(entry: Message) -> None:
     raise Unsupported("its identifier cannot be had", hint="another segment may be in its slot: ipcs -m")
 
 
-def _as(uid: int, gid: int, key: int, size: int, flags: int) -> int:
-    """shmget(2) as another user: the creator of a segment cannot be changed afterwards."""
-    if not uid and not gid:
-        return call("shmget", key, size, flags)
-    own_uid, own_gid = os.geteuid(), os.getegid()
-    try:
-        os.setegid(gid)
-        os.seteuid(uid)
-        return call("shmget", key, size, flags)
-    finally:
-        os.seteuid(own_uid)
-        os.setegid(own_gid)
-        prctl(PR_SET_DUMPABLE, 1)  # a change of credentials cleared it
-
-
 def _set_owner(desc: Message) -> None:
-    area = buffer(_STAT_BYTES)
+    area = buffer(sysv_ipc.STAT_BYTES)
     call("shmctl", desc.id, IPC_STAT, area)
-    for at, value in ((_UID, desc.uid), (_GID, desc.gid), (_MODE, desc.mode & 0o777)):
-        struct.pack_into("<I", area, at, value)
+    sysv_ipc.pack_owner(area, desc)
     call("shmctl", desc.id, IPC_SET, area)
 
 
