@@ -6,7 +6,7 @@
 The program has imported a web stack (some 110 mappings) and sleeps. Printed is a Markdown table: the time until a copy
 runs (median, 99th percentile; as its maker sees it), what it costs in memory (proportional share, median), and how the
 time grows with the number of copies alive. CRIU restores each copy in a pid namespace made by unshare(1), as a script
-would.
+would. The last rows are of a tree: a Python program with four workers that have 8 MiB of their own each.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from kit import Targets
 from kit.host import become_subreaper, descendants, end_descendants
 
 
-def pss_kib(pid: int) -> int:
-    """The proportional share of a process's memory."""
-    with open(f"/proc/{pid}/smaps_rollup") as file:
-        return int(next(line for line in file if line.startswith("Pss:")).split()[1])
+def pss_kib(root: int) -> int:
+    """The proportional share of the memory of a process and its descendants."""
+    total = 0
+    for pid in (root, *descendants(root)):
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            total += int(next(line for line in file if line.startswith("Pss:")).split()[1])
+    return total
 
 
 def measure(count: int, make: Callable[[], int | None]) -> tuple[list[float], list[int]]:
@@ -77,11 +80,30 @@ def cold() -> None:
     subprocess.run([sys.executable, "-c", programs.PYTHON.partition("ready()")[0]], check=True)
 
 
-def snapshot(folder: str, *, plain: bool) -> None:
+def snapshot(folder: str, source: str, *args: str, plain: bool) -> None:
     targets = Targets(tempfile.mkdtemp(prefix="clones-"))
-    target = targets.python(programs.PYTHON.partition("wait_told")[0] + "time.sleep(10**6)\n")
+    target = targets.python(source, *args)
     torpor.dump(target.pid, folder, share_pages=not plain)
     target.wait_gone()
+
+
+def of_a_tree(few: int, criu: str, end: Callable[[], None]) -> list[str]:
+    """Rows of a table for a program with workers."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as plain:
+        snapshot(folder, programs.WORKERS, "4", "8", plain=False)
+        with torpor.template(folder) as template:
+            lines = [row("copy of a tree", *measure(5 * few, lambda: template.clone().pid))]
+        end()
+        for _ in range(2):  # the first time a virtual machine's host may have to find the memory
+            restored = measure(few, lambda: torpor.restore(folder, own_pids=True).pid)
+            again = row("restore --own-pids of a tree", *restored)
+            end()
+        lines.append(again)
+        if criu:
+            snapshot(plain, programs.WORKERS, "4", "8", plain=True)
+            lines.append(row("CRIU, a tree", *measure(few, by_criu(criu, plain))))
+            end()
+    return lines
 
 
 def main() -> None:
@@ -96,7 +118,7 @@ def main() -> None:
     shapes = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         try:
-            snapshot(folder, plain=True)
+            snapshot(folder, programs.PYTHON.partition("wait_told")[0] + "time.sleep(10**6)\n", plain=True)
             for name, wishes in (("copy of a template", {}), ("the same, with a fresh pid", {"fresh_pid": True})):
                 with torpor.template(folder) as template:
                     times, pids = measure(args.copies, lambda t=template, w=wishes: t.clone(**w).pid)
@@ -110,6 +132,7 @@ def main() -> None:
                 lines.append(row("CRIU, in a pid namespace", *measure(args.few, by_criu(args.criu, folder))))
                 end_descendants(keep, timeout=60)
             lines.append(row("cold start", *measure(args.few, cold)))
+            lines += of_a_tree(args.few, args.criu, lambda: end_descendants(keep, timeout=60))
         finally:
             end_descendants(keep, timeout=60)
     print("\n".join(lines))

@@ -87,6 +87,24 @@ for pid in pids:
 done(data[777] == "777777777")
 """
 
+# argv[1]: how many workers, argv[2]: MiB that each fills for itself. Forked from one Python program with a warm heap.
+WORKERS = """
+import signal, sys
+table = {n: str(n) * 3 for n in range(60_000)}
+filled = os.pipe()
+for number in range(int(sys.argv[1])):
+    if os.fork() == 0:
+        own = [bytes([number + 1]) * 4096 + b"%d" % n for n in range(int(sys.argv[2]) * 256)]
+        sum(len(text) for text in table.values())
+        os.write(filled[1], b"x")
+        while True:
+            signal.pause()
+    os.read(filled[0], 1)
+ready()
+while True:
+    signal.pause()
+"""
+
 THREADS = """
 static pthread_barrier_t barrier;
 

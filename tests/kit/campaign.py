@@ -20,6 +20,7 @@ TREE = """
 #include <sys/eventfd.h>
 
 static void *idle(void *arg) { for (;;) pause(); return arg; }
+static volatile char own[64 << 12];
 
 int main(void)
 {
@@ -33,8 +34,11 @@ int main(void)
 	MUST(write(shared, "text", 4));
 	MUST(unlink("data"));
 	map[0] = 5;
-	if (fork() == 0)
+	if (fork() == 0) {
+		for (int i = 0; i < 64; i++)
+			own[i << 12] = i + 1;
 		for (;;) pause();
+	}
 	pthread_create(&id, NULL, idle, NULL);
 	usleep(30000);
 	ready();

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..images.pages import Run
 from ..model.snapshot import RestoredTask, Snapshot
 from ..resources import MappingKinds
-from .restore_memory import PAGE, UNPLACED
+from . import spans
+from .restore_memory import UNPLACED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from ..images.schema import Message
     from ..resources.base import BuildContext
@@ -36,20 +36,6 @@ def forebear(
         task.mm.CopyFrom(root.mm)
         del task.mm.vmas[:]
         task.mm.vmas.extend(kept)
-    spans = [(entry.start, entry.end) for entry in kept if not entry.status & UNPLACED]
-    task.runs = list(_clipped(root.runs, spans))
+    places = [(entry.start, entry.end) for entry in kept if not entry.status & UNPLACED]
+    task.runs = list(spans.clipped(root.runs, places))
     return task
-
-
-def _clipped(runs: list[Run], spans: list[tuple[int, int]]) -> Iterator[Run]:
-    """The parts of stored runs that lie in one of ``spans``; both ascending."""
-    index = 0
-    for run in runs:
-        end = run.vaddr + run.nr_pages * PAGE
-        while index < len(spans) and spans[index][1] <= run.vaddr:
-            index += 1
-        at = index
-        while at < len(spans) and spans[at][0] < end:
-            low, high = max(run.vaddr, spans[at][0]), min(end, spans[at][1])
-            yield run._replace(vaddr=low, nr_pages=(high - low) // PAGE, offset=run.offset + low - run.vaddr)
-            at += 1

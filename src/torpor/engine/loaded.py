@@ -207,12 +207,14 @@ class Loaded:
             if not entry.status & restore_memory.UNPLACED
         ]
 
-    def place_arena(self, ours: list[Vma]) -> plan.Place:
+    def place_arena(self, ours: list[Vma], before: int = 0) -> plan.Place:
         """Where an arena may lie that is to hold the programs of many copies, one after the other: what it does not
-        use costs nothing. It must not lie on mappings of ours either.
+        use costs nothing. It must not lie on mappings of ours either. So many bytes ``before`` it are free in all
+        tasks.
         """
         size = 4 * sum(map(_generous_size, self.snapshot.tasks.values())) + ARENA_BYTES_MIN & -PAGE
-        return plan.Place(plan.hole([*self._spans(), *((vma.start, vma.end) for vma in ours)], size), size)
+        taken = [*self._spans(), *((vma.start, vma.end) for vma in ours)]
+        return plan.Place(plan.hole(taken, before + size) + before, size)
 
     def write_programs(self, ctx: BuildContext, memory: restore_memory.MemoryPlan) -> Writer:
         """Write all programs, then decide where they lie: the arena's address is known to them only when they are

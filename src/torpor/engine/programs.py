@@ -94,14 +94,19 @@ class Writer:
         loginuid.emit(task, main, self.ctx)
         if self.snapshot.settings:
             self._emit_settings(task, main)
+        shelf = self.memory.shelf
         if inherited is None and (parent is None or self._has_memory_when_forking(parent)):
-            restore_memory.clear(self.place, main)
+            restore_memory.clear(self.place, main, shelf.region(task) if shelf is not None else (0, 0))
+        elif shelf is not None and parent is not None:
+            shelf.emit_drop_others(task, main)
         if inherited is None and self._is_shown_as_another(task):
             self.memory.emit_exe(task, main)
+        if shelf is not None:
+            shelf.emit_hold_back(task, main)
         for step, child in plan.steps_of(task, self.heirs).steps:
             if step == plan.FORK:
                 assert child is not None
-                self._emit_fork(task, child, main)
+                self._emit_birth(task, child, main)
             elif step == plan.SETSID:
                 main.call("setsid", why="session leader")
                 tty.emit_session(task.pid, main, self.ctx)
@@ -157,10 +162,13 @@ class Writer:
 
     def _write_short_life(self, task: RestoredTask, program: Program) -> None:
         """Zombies and helpers: they are born, lead or join a group, and end."""
+        shelf = self.memory.shelf
+        if shelf is not None:
+            shelf.emit_hold_back(task, program)
         for step, child in plan.steps_of(task, set()).steps:
             if step == plan.FORK:
                 assert child is not None
-                self._emit_fork(task, child, program)
+                self._emit_birth(task, child, program)
             elif step == plan.SETSID:
                 program.call("setsid", why="session leader")
             elif step != plan.MEMORY:
@@ -171,6 +179,15 @@ class Writer:
             zombies.emit_end(task, program, self.place.base)
         else:
             program.call("exit_group", 0, why="only needed as a leader")
+
+    def _emit_birth(self, task: RestoredTask, child: RestoredTask, program: Program) -> None:
+        """A child is born, with its part of the shelf if there is one."""
+        shelf = self.memory.shelf
+        if shelf is not None:
+            shelf.emit_lend(task, child, program)
+        self._emit_fork(task, child, program)
+        if shelf is not None:
+            shelf.emit_let_go(child, program)
 
     def _emit_fork(self, task: RestoredTask, child: RestoredTask, program: Program) -> None:
         flags = 0

@@ -9,18 +9,18 @@ from bisect import bisect_right
 
 from .. import log
 from ..errors import ImageError
-from ..images.pages import Run
 from ..model.snapshot import RestoredTask, Snapshot
 from ..resources import MappingKinds, base
 from ..resources.files import regular
 from ..resources.memory import vdso
 from . import spans
+from .pieces import Stored, by_address, groups
 from .plan import Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Any, TypeAlias
+    from typing import Any
 
     from ..images.schema import Message
     from ..remote.program import Program
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from ..resources.base import BuildContext
     from .fill import Fill
     from .mapped import Handle
-
-    #: (our descriptor, address, bytes, offset) of pages to read
-    Piece: TypeAlias = tuple[int, int, int, int]
+    from .pieces import Piece
+    from .shelf import Shelf
 
 PAGE = 4096
 ADDRESS_END = 0x7FFFFFFFF000
@@ -44,8 +43,6 @@ NO_PAGES = base.VMA_VDSO | base.VMA_VVAR | base.VMA_VSYSCALL
 READ_BYTES_MAX = 1 << 30
 LARGE_BYTES = 1 << 22  # from this on, pieces are brought in from outside
 MAP_BYTES = 1 << 18  # mappings with less are complete before their task runs
-SMALL_BYTES = 1 << 18  # up to this, pieces are read many at a time
-IOV_MAX = 1024
 
 
 def prepare(snapshot: Snapshot, ctx: BuildContext, *, inheritable: bool = False) -> list[tuple[Any, Message]]:
@@ -87,9 +84,11 @@ def heirs(snapshot: Snapshot) -> set[int]:
     }
 
 
-def clear(place: Place, program: Program) -> None:
-    """Unmap everything but the arena."""
-    program.call("munmap", 0, place.base, why="everything below the arena")
+def clear(place: Place, program: Program, spared: tuple[int, int] = (0, 0)) -> None:
+    """Unmap everything but the arena and what is ``spared``, (start, end) below it."""
+    program.call("munmap", 0, spared[0] or place.base, why="everything below the arena")
+    if spared[1] and spared[1] < place.base:
+        program.call("munmap", spared[1], place.base - spared[1])
     end = place.base + place.size
     program.call("munmap", end, ADDRESS_END - end, why="everything above it")
 
@@ -129,15 +128,19 @@ class Layout:
 class MemoryPlan:
     """Emits the memory of tasks, one after the other."""
 
-    def __init__(self, snapshot: Snapshot, ctx: BuildContext, forebear: RestoredTask | None = None) -> None:
-        """``forebear``: whose memory the root is born with, see :func:`forebear`."""
+    def __init__(
+        self, snapshot: Snapshot, ctx: BuildContext, forebear: RestoredTask | None = None, shelf: Shelf | None = None
+    ) -> None:  # fmt: skip
+        """``forebear``: whose memory the root is born with, see :func:`forebear`; ``shelf``: what there is for the
+        others.
+        """
         self.snapshot = snapshot
         self.ctx = ctx
         self.forebear = forebear
+        self.shelf = shelf
         self.kinds = MappingKinds()
-        self.order = {pid: index for index, pid in enumerate(snapshot.tasks)}
+        self._stored = Stored(snapshot, ctx.memo)
         self._layouts: dict[int, Layout] = {}
-        self._places: dict[int, tuple[list[int], list[Run]]] = {}
         self._has_exe: set[int] = set()
         #: (program, record, bytes) of reads that have to be complete, see :meth:`check_reads`
         self.reads: list[tuple[Program, int, int]] = []
@@ -157,31 +160,60 @@ class MemoryPlan:
         """Emit the task's memory; ``inherited`` is the task whose complete memory it has already, or None."""
         self.ctx.memo["mm"] = task.mm
         layout = self.layout(task)
+        # The usual case of a forked tree: everything is there, but for the pages written to since.
+        forked = inherited is not None and inherited.mm is task.mm
+        here = vdso.layout(inherited.mm.vmas) if inherited else None
+        vdso.clear(vdso.layout(task.mm.vmas), here, program)
+        kept, pieces = self.needed(task, inherited, program)
+        taken = self.shelf.emit_take(task, program) if self.shelf is not None else {}
+        if taken:
+            kept = {start: entry for start, entry in kept.items() if start not in taken}
+            pieces = [piece for piece in pieces if layout.entry_at(piece[1]).start not in taken]
+        writable: set[int] = set()
+        if not forked:
+            self._take_large(task, layout, kept, pieces)
+            writable = self._emit_mappings(layout, {**kept, **taken}, inherited, pieces, program)
+        if inherited is not None:
+            self._drop_pages(task, list(kept.values()), inherited, program)
+        self._emit_pages(layout, pieces, writable, program)
+        if not forked:
+            vdso.emit(vdso.layout(task.mm.vmas), here, program)
+        if not forked or taken:
+            self._emit_guards(task, program)
+        if not forked:
+            self._emit_mm(task, program, inherited)
+
+    def needed(
+        self, task: RestoredTask, inherited: RestoredTask | None, program: Program
+    ) -> tuple[dict[int, Message], list[Piece]]:
+        """What a task needs besides what it has ``inherited``: (the mappings that it keeps of that, by their starts;
+        what is to be read). Emits the end of the others.
+        """
+        layout = self.layout(task)
         runs = spans.minus_runs(task.runs, layout.pageless)
         if self.ctx.options.fresh and layout.wiped:
             runs = spans.outside(runs, layout.wiped)
-        pieces = self._pieces(task, runs, inherited)
-        if inherited is not None and inherited is self.forebear:  # it has all pages of the mappings that it has
+        pieces = self._stored.pieces(task, runs, layout.entries, inherited)
+        if inherited is None:
+            return {}, pieces
+        if inherited is self.forebear:  # it has all pages of the mappings that it has
             had = self.layout(inherited).starts
             pieces = [piece for piece in pieces if not _holds(had, layout.entry_at(piece[1]).start)]
-        if inherited is not None and inherited.mm is task.mm:
-            # The usual case of a forked tree: everything is there, but for the pages written to since.
-            self._drop_pages(task, layout, layout.entries, inherited, program)
-            self._emit_pages(layout, pieces, set(), program)
-            return
-        here = vdso.layout(inherited.mm.vmas) if inherited else None
-        vdso.clear(vdso.layout(task.mm.vmas), here, program)
-        kept = self._drop_foreign(layout, inherited, program) if inherited else {}
-        if inherited is not None and inherited is not self.forebear:
-            pieces = sorted(pieces + self._lost(task, layout, kept, inherited), key=_by_address)
-        self._take_large(task, layout, kept, pieces)
-        writable = self._emit_mappings(layout, kept, inherited, pieces, program)
-        if inherited is not None:
-            self._drop_pages(task, layout, list(kept.values()), inherited, program)
+        if inherited.mm is task.mm:
+            return dict(zip(layout.starts, layout.entries, strict=True)), pieces
+        kept = self._drop_foreign(layout, inherited, program)
+        if inherited is not self.forebear:
+            pieces += self._stored.lost(task, inherited, layout.own_spans(kept), layout.entries)
+            pieces.sort(key=by_address)
+        return kept, pieces
+
+    def emit_apart(self, task: RestoredTask, entries: list[Message], program: Program) -> None:
+        """Emit some private mappings of a task with all that is in them, where nothing is."""
+        layout = Layout(type(task.mm)(vmas=entries), self.kinds)
+        runs = list(spans.clipped(task.runs, [(entry.start, entry.end) for entry in entries]))
+        pieces = self._stored.pieces(task, runs, layout.entries, None)
+        writable = self._emit_mappings(layout, {}, None, pieces, program)
         self._emit_pages(layout, pieces, writable, program)
-        vdso.emit(vdso.layout(task.mm.vmas), here, program)
-        self._emit_guards(task, program)
-        self._emit_mm(task, program, inherited)
 
     def _take_large(
         self, task: RestoredTask, layout: Layout, kept: dict[int, Message], pieces: list[Piece]
@@ -362,9 +394,7 @@ class MemoryPlan:
             occupied.append((entry.start, entry.end))
 
     @staticmethod
-    def _drop_pages(
-        task: RestoredTask, layout: Layout, kept: list[Message], parent: RestoredTask, program: Program
-    ) -> None:
+    def _drop_pages(task: RestoredTask, kept: list[Message], parent: RestoredTask, program: Program) -> None:
         """Drop the pages of the mappings that were ``kept`` which the parent has and the task has not."""
         surplus = spans.minus(spans.spans(parent.runs), spans.spans(task.runs))
         if not surplus:
@@ -383,7 +413,7 @@ class MemoryPlan:
         rows = [(start, entry.end - start, entry.prot) for start, entry in closed.items()]
         opened = [(start, size, prot | PROT_WRITE) for start, size, prot in rows if start not in writable]
         program.calls("mprotect", opened)
-        for group in _groups(pieces):
+        for group in groups(pieces):
             self._emit_group(group, program)
         program.calls("mprotect", rows)
 
@@ -407,61 +437,6 @@ class MemoryPlan:
             if arena.result(program, index) != wanted:
                 raise ImageError("pages", program.name, "a pages file has fewer bytes than it had a moment ago")
 
-    def _pieces(self, task: RestoredTask, runs: list[Run], parent: RestoredTask | None) -> list[Piece]:
-        """What is to be read for a task: where it lies, and where it is to be; ascending by address.
-
-        No piece reaches from one mapping into another.
-        """
-        found: list[Piece] = []
-        memo = self.ctx.memo
-        parent_pid = parent.pid if parent else 0
-        for address, count, _, fd, offset, same_as in runs:
-            if same_as == 0:
-                found.append((memo["pages", fd], address, count * PAGE, offset))
-            elif same_as != parent_pid:
-                found += self._foreign(task, same_as, address, address + count * PAGE)
-        return _cut(found, self.layout(task))
-
-    def _lost(
-        self, task: RestoredTask, layout: Layout, kept: dict[int, Message], parent: RestoredTask
-    ) -> list[Piece]:
-        """The parent's pages in mappings that cannot be the parent's, because they have grown or changed since."""
-        found: list[Piece] = []
-        for run in task.runs:
-            if run.same_as == parent.pid:
-                end = run.vaddr + run.nr_pages * PAGE
-                for low, high in spans.common([(run.vaddr, end)], layout.own_spans(kept)):
-                    found += self._foreign(task, parent.pid, low, high)
-        return _cut(found, layout)
-
-    def _foreign(self, task: RestoredTask, owner_pid: int, start: int, end: int) -> list[Piece]:
-        """Where pages lie that are stored with another task."""
-        owner = self.snapshot.tasks.get(owner_pid)
-        place = f"page {start:#x}"
-        # Only ever an earlier one: so the search ends.
-        if owner is None or self.order[owner.pid] >= self.order[task.pid] or not owner.alive:
-            raise ImageError(f"pagemap-{task.pid}.img", place, f"it is said to be task {owner_pid}'s")
-        if owner_pid not in self._places:
-            self._places[owner_pid] = [run[0] for run in owner.runs], owner.runs
-        starts, runs = self._places[owner_pid]
-        found: list[Piece] = []
-        covered = 0
-        for index in range(max(bisect_right(starts, start) - 1, 0), len(runs)):
-            address, count, _, fd, offset, same_as = runs[index]
-            if address >= end:
-                break
-            low, high = max(address, start), min(address + count * PAGE, end)
-            if low >= high:
-                continue
-            covered += high - low
-            if same_as == 0:
-                found.append((self.ctx.memo["pages", fd], low, high - low, offset + low - address))
-            else:
-                found += self._foreign(owner, same_as, low, high)
-        if covered != end - start:
-            raise ImageError(f"pagemap-{owner_pid}.img", place, f"task {task.pid} needs it and it is not there")
-        return found
-
     @staticmethod
     def _emit_guards(task: RestoredTask, program: Program) -> None:
         for entry in task.mm.vmas:
@@ -472,7 +447,8 @@ class MemoryPlan:
         """Emit the change of the executable in a stub whose present one the task may have mapped, which forbids it:
         while nothing is mapped.
         """
-        self._emit_mm(task, program, None)
+        if self.shelf is None or not self.shelf.is_born_as(task):
+            self._emit_mm(task, program, None)
         self._has_exe.add(task.pid)
 
     def _emit_mm(self, task: RestoredTask, program: Program, inherited: RestoredTask | None) -> None:
@@ -542,53 +518,7 @@ def _same(a: Message, b: Message) -> bool:
     )  # fmt: skip
 
 
-def _cut(pieces: list[Piece], layout: Layout) -> list[Piece]:
-    """The pieces, cut where mappings end."""
-    found: list[Piece] = []
-    entries, last = layout.entries, len(layout.entries) - 1
-    index, end = -1, 0
-    for piece in pieces:
-        fd, address, size, offset = piece
-        while address >= end and index < last:
-            index += 1
-            end = entries[index].end
-        while address + size > end and index < last:
-            part = end - address
-            found.append((fd, address, part, offset))
-            address, size, offset = end, size - part, offset + part
-            index += 1
-            end = entries[index].end
-        found.append((fd, address, size, offset))
-    return found
-
-
-def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces to be read together: small ones that follow one another in their file."""
-    group: list[Piece] = []
-    next_fd, next_offset = -1, -1
-    for piece in sorted(pieces, key=_in_file):
-        fd, _, size, offset = piece
-        if group and (
-            fd != next_fd or offset != next_offset or size > SMALL_BYTES or group[0][2] > SMALL_BYTES
-            or len(group) == IOV_MAX
-        ):  # fmt: skip
-            yield group
-            group = []
-        group.append(piece)
-        next_fd, next_offset = fd, offset + size
-    if group:
-        yield group
-
-
 def _tells_events() -> bool:
     from ..linux import userfault
 
     return userfault.possible(userfault.EVENTS)
-
-
-def _by_address(piece: Piece) -> int:
-    return piece[1]
-
-
-def _in_file(piece: Piece) -> tuple[int, int]:
-    return piece[0], piece[3]

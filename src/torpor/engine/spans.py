@@ -85,3 +85,17 @@ def minus(spans: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tu
         if start < end:
             found.append((start, end))
     return found
+
+
+def clipped(runs: list[Run], spans: list[tuple[int, int]]) -> Iterator[Run]:
+    """The parts of stored runs that lie in one of ``spans``; both ascending."""
+    index = 0
+    for run in runs:
+        end = run.vaddr + run.nr_pages * PAGE
+        while index < len(spans) and spans[index][1] <= run.vaddr:
+            index += 1
+        at = index
+        while at < len(spans) and spans[at][0] < end:
+            low, high = max(run.vaddr, spans[at][0]), min(end, spans[at][1])
+            yield run._replace(vaddr=low, nr_pages=(high - low) // PAGE, offset=run.offset + low - run.vaddr)
+            at += 1

@@ -38,7 +38,7 @@ from ..resources import MappingKinds, cgroups_build, devpts, generation, ipc_spa
 from ..resources.base import BuildContext
 from ..resources.unix_names import RENAMED
 from ..undo import Undo
-from . import conduct, restore_memory
+from . import conduct, plan, restore_memory, shelf
 from .copies import Connections, CopyOptions, Wishes, check_fresh, renumbered
 from .forebear import forebear as make_forebear
 from .loaded import Loaded
@@ -179,16 +179,19 @@ class Template:
         self.own_mappings = restore_memory.prepare(snapshot, self.ctx, inheritable=True)
         self.loaded.build_directories(self.ctx)
         self.forebear = make_forebear(snapshot, self.ctx)
+        memory = restore_memory.MemoryPlan(snapshot, self.ctx, self.forebear)
+        self.shelf = shelf.plan(snapshot, memory, self.ctx)
         self.connections = Connections(snapshot, self.options)
         self.ctx.memo[OPENED] = opened_for_writing(snapshot)
         self.lasting = {key: value for key, value in self.ctx.memo.items() if _first_word(key) in LASTING}
 
     def _start(self) -> None:
-        self.place = self.loaded.place_arena(proc_maps.parse(read(os.getpid(), "maps")))
+        self.place = self._find_place()
         arena = self.arena = stub.Arena(self.place.base, self.place.size)
         self._ending.add("arena", arena.close)
         # Not to the end of the file: its last page is unmapped with what there was before (restore_memory.clear()).
-        self.lasting["arena"] = self.ctx.memo["arena"] = (self.place.base, self.place.base + self.place.size)
+        start = self.place.base - self.shelf.size
+        self.lasting["arena"] = self.ctx.memo["arena"] = (start, self.place.base + self.place.size)
         pid = self.pid = held.launch(arena)
         self._ending.add("held stub", lambda: stub.kill([pid]))
         self._restore_memory()
@@ -199,15 +202,33 @@ class Template:
         self._ending.add("inits that nobody has taken", self.inits.close)
         self.mark = arena.mark()
 
+    def _find_place(self) -> plan.Place:
+        """Where the arena is to be, behind the shelf if there is room for one."""
+        ours = proc_maps.parse(read(os.getpid(), "maps"))
+        try:
+            place = self.loaded.place_arena(ours, self.shelf.size)
+        except Unsupported as error:
+            if not self.shelf.size:
+                raise
+            log.info(f"template: memory of tasks below the root is read for each copy: {error}")
+            self.shelf = shelf.Shelf()
+            self.shelf.lay(self.loaded.snapshot.root, {})
+            place = self.loaded.place_arena(ours)
+        self.shelf.place(place.base)
+        return place
+
     def _restore_memory(self) -> None:
         """All of it that the copies have in common, in the held stub."""
         snapshot, task, arena = Snapshot(), self.forebear, self.arena
         snapshot.tasks[task.pid] = snapshot.root = task
         task.live_pid = self.pid
         memory = restore_memory.MemoryPlan(snapshot, self.ctx)
-        program = Program("memory of the template")
+        program = Program("executable of the template")
         restore_memory.clear(self.place, program)
         memory.emit_exe(task, program)
+        held.run(self.pid, arena, program)
+        self._fill_shelf()
+        program = Program("memory of the template")
         memory.emit(task, program, inherited=None)
         memory.emit_opening(task, program)
         held.run(self.pid, arena, program)
@@ -215,6 +236,17 @@ class Template:
         memory.fill(arena)
         for one in memory.fills.values():
             os.close(one.opened(arena))  # its descriptors are ours
+
+    def _fill_shelf(self) -> None:
+        snapshot, arena = self.loaded.snapshot, self.arena
+        memory = restore_memory.MemoryPlan(snapshot, self.ctx)
+
+        def run(program: Program) -> None:
+            held.run(self.pid, arena, program)
+            memory.check_reads(arena)
+            memory.reads.clear()
+
+        self.shelf.fill(snapshot, memory, run)
 
     # --------------------------------------------------------------------------------- the copies
 
@@ -293,7 +325,7 @@ class _Copying:
             Wishes(options, self.snapshot, ctx, overlays, template.pts, ipc=template.ipc)
             if options is not None else None
         )  # fmt: skip
-        self.forebear = template.forebear
+        self.forebear, self.shelf = template.forebear, template.shelf
         #: Is the root the init of its pid namespace?
         self.as_init = self.snapshot.root.own_pid == INIT_PID
         self.writer: Writer
@@ -357,6 +389,7 @@ class _Copying:
 
         annex.build(build)
         self.forebear = make_forebear(self.snapshot, self.ctx, overlays.concerns)
+        self.shelf = self.shelf.without(overlays.concerns)
 
     def numbers(self) -> object:
         """All that the programs of one copy may have other than those of another."""
@@ -467,7 +500,7 @@ class _Copying:
 
     def _write_anew(self, snapshot: Snapshot) -> None:
         template = self.template
-        memory = restore_memory.MemoryPlan(snapshot, self.ctx, self.forebear)
+        memory = restore_memory.MemoryPlan(snapshot, self.ctx, self.forebear, self.shelf if self.shelf.size else None)
         writer = self.writer = Writer(snapshot, self.ctx, memory, template.place)
         writer.prelude = self._emit_first
         writer.write()
