@@ -63,6 +63,7 @@ def read_every_way(reader: ImageReader, name: str) -> None:
         lambda: reader.read_all(name),
         lambda: list(reader.iter_with_payload(name)),
         lambda: reader.read_one(name),
+        lambda: reader.read_first(name),
     ):
         refusal = refused(look)
         assert refusal is None or refusal.image == magic.file_name(name)

@@ -96,6 +96,11 @@ def test_what_is_written_is_read(name: str, data: st.DataObject) -> None:
         try:
             reader = ImageReader(folder.fd)
             assert list(reader.iter_with_payload(name)) == what
+            if what:
+                assert reader.read_first(name) == what[0]
+            else:
+                with pytest.raises(ImageError, match=r"empty|pagemap_head"):
+                    reader.read_first(name)
             assert reader.read_all(name) == [message for message, _ in what]
             assert reader.names() == [name]
             assert reader.size(name) == len(written)

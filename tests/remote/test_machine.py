@@ -27,6 +27,7 @@ def assembled(tmp_path_factory) -> tuple[bytes, dict[str, int]]:
 def test_bytes_are_those_of_the_source(assembled) -> None:
     code, at = assembled
     assert code[at["stub_start"] : at["stub_end"]] == machine.STUB
+    assert code[at["own_start"] : at["own_end"]] == machine.OWN
     assert code[at["init_start"] : at["init_end"]] == machine.INIT
     assert code[at["fault_4"] : at["faults_end"]] == machine.FAULTS
     assert {signal: at[f"fault_{signal}"] - at["fault_4"] for signal in machine.FAULT_AT} == machine.FAULT_AT

@@ -323,15 +323,19 @@ def agreed(s):
     s.setsockopt(6, 19, 1); most = s.getsockopt(6, 2); s.setsockopt(6, 19, -1)  # TCP_REPAIR: what the peer has said
     # A segment of the loopback interface may be larger than a socket can be told.
     return told[5] & 7, told[6] >> 4, told[6] & 15, min(struct.unpack_from("I", told, 16)[0], 32700), most
+def window(s): return struct.unpack_from("I", s.getsockopt(6, 11, 232), 228)[0]  # tcpi_snd_wnd: what the peer takes
 pairs = [pair(), pair(room=4000), pair(mss=900)]
 for name in ("sack", "timestamps", "window_scaling"):
     sysctl(name, "0"); pairs.append(pair()); sysctl(name, "1")
 ends = [s for one in pairs for s in one]
-before = [agreed(s) for s in ends]
+before, windows = [agreed(s) for s in ends], [window(client) for client, _ in pairs]
 same("kinds", len(set(before)) >= 6, True)
 """,
         """
 same("agreed", [agreed(s) for s in ends], before)
+for (client, server), before in zip(pairs, windows):
+    client.send(b"x"); server.recv(1); time.sleep(.1)
+    same("window", window(client) > before // 2, True)
 block = os.urandom(300000)
 for client, server in pairs:
     client.setblocking(False)

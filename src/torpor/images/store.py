@@ -390,6 +390,32 @@ class ImageReader:
             known[content] = self.read_one(name)
         return known[content]
 
+    def read_first(self, name: str) -> tuple[Any, bytes]:
+        """The first message of an image, and the bytes that follow it. Raises ImageError if there is none."""
+        fd = self.open(name)
+        try:
+            content = os.pread(fd, limits.READ_WINDOW_BYTES, 0)
+        finally:
+            os.close(fd)
+        image, file = magic.kind_of(name), magic.file_name(name)
+        head = magic.head(image)
+        at = len(head) + 4
+        size = int.from_bytes(content[at - 4 : at], "little")
+        told = image.form != magic.HEADED and image.magic != "IPCNS_MSG"  # is what follows told by the message?
+        whole = len(content) < limits.READ_WINDOW_BYTES and at + size <= len(content)
+        if told and whole and content.startswith(head) and len(content) >= at:
+            message = pb.decode(pb.message_class(image.message), content[at : at + size], file, "entry 0")
+            at += size
+            length = payload.size_of(
+                image.magic, message, first=True, rest=len(content) - at, image=file, field="entry 0"
+            )
+            if at + length + payload.padding(image.magic, length) <= len(content):
+                return message, content[at : at + length]
+        # Large ones, and those with something wrong about them.
+        for found in self.iter_with_payload(name, required=True):
+            return found
+        raise ImageError(magic.file_name(name), "", "is empty")
+
     def iter_with_payload(self, name: str, *, required: bool = False) -> Iterator[tuple[Any, bytes]]:
         """Each message of an image with the bytes that follow it (``b""`` if it has none)."""
         source = self._source(name, required)

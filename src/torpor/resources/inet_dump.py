@@ -7,12 +7,12 @@ import os
 import time
 
 from .. import log
-from ..errors import KernelError, Unsupported, doing
+from ..errors import KernelError, TorporError, Unsupported, doing
 from ..images import schema as pb
 from ..linux import inet_diag, sockets
 from ..linux.call import call
 from ..linux.inet_diag import AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
-from . import inet_options, network_lock, sockopts, tcp, udp_queue
+from . import inet_options, network_lock, sockopts, tcp, tcp_read, udp_queue
 from .asked import Alike
 from .base import unsupported
 from .inet_options import (
@@ -27,11 +27,13 @@ from .tcp_guard import Guard
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from ..images.schema import Message
     from .asked import Asked
     from .base import DumpContext, SourceFile
+    from .tcp_read import Saved
 
 IPPROTO_MPTCP = 262
 SUPPORTED = {
@@ -86,7 +88,7 @@ def check(source: SourceFile, ctx: DumpContext) -> Kind:
                 hint="dump it when it has sent the datagram",
             )  # fmt: skip
     elif kind.tcp:
-        _check_state(source, ctx, tcp.Info(fd).state)
+        _check_state(source, ctx, tcp.info(fd).state)
     return kind
 
 
@@ -124,7 +126,7 @@ def dump(source: SourceFile, ctx: DumpContext) -> Message:
     if not kind.tcp:
         _others(source, entry, kind, ctx)
         return entry
-    state = tcp.Info(fd).state
+    state = tcp.info(fd).state
     if state == LISTEN:
         _options(fd, entry, connected=False)
         _listener(source, fd, entry, ctx)
@@ -192,7 +194,7 @@ def _is_alien(name: bytes, ctx: DumpContext) -> bool:
 
 
 def _listener(source: SourceFile, fd: int, entry: Message, ctx: DumpContext) -> None:
-    info = tcp.Info(fd)
+    info = tcp.info(fd)
     if info.pending:
         if not ctx.options.skip_in_flight:
             raise unsupported(
@@ -268,13 +270,24 @@ def _poll(fd: int) -> int:
 class _Taken:
     """A connection as it was taken down."""
 
-    __slots__ = ("entry", "fd", "saved")
+    __slots__ = ("fd", "options", "saved", "sizes")
 
-    def __init__(self, fd: int, entry: Message) -> None:
+    def __init__(self, fd: int, options: Message, sizes: tuple[int, int]) -> None:
         self.fd = fd
-        #: Its options, which repair mode changes.
-        self.entry = entry
-        self.saved: tuple[Message, bytes, bytes, tcp.Sizes] | None = None
+        #: An inet_sk_entry with its options, which repair mode changes; others that answer alike have the same one.
+        self.options = options
+        #: Bytes of its buffers, to send and to receive.
+        self.sizes = sizes
+        self.saved: Saved | None = None
+
+    def fill(self, entry: Message) -> None:
+        """Fill in the options."""
+        for field in ("opts", "ip_opts", "tcp_opts"):
+            getattr(entry, field).CopyFrom(getattr(self.options, field))
+        entry.opts.so_sndbuf, entry.opts.so_rcvbuf = self.sizes
+        entry.opts.so_filter.extend(sockopts.read_filter(self.fd))
+        entry.v6only = self.options.v6only
+        entry.more.extend(self.options.more)
 
 
 def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, state: int) -> None:
@@ -283,7 +296,7 @@ def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, s
         entry.state = state
         return
     if state == CLOSE:
-        taken = _Taken(fd, _options_of(fd, Alike()))
+        taken = _read_options(fd, Alike())
         _take(taken)
         _give_back(taken)  # no packet concerns it any more
     else:
@@ -293,10 +306,7 @@ def _connection(source: SourceFile, fd: int, entry: Message, ctx: DumpContext, s
         taken = found
     assert taken.saved is not None
     stream, to_read, to_send, (entry.state, *_) = taken.saved
-    for field in ("opts", "ip_opts", "tcp_opts"):
-        getattr(entry, field).CopyFrom(getattr(taken.entry, field))
-    entry.v6only = taken.entry.v6only
-    entry.more.extend(taken.entry.more)
+    taken.fill(entry)
     _shut(entry, _READ if entry.state == ESTABLISHED and _poll(fd) & _READ else _shut_in(entry.state))
     ctx.images.write_one(f"tcp-stream-{entry.ino:x}", stream, to_read + to_send)
 
@@ -307,10 +317,18 @@ def _shut_in(state: int) -> int:
     return (_READ if came else 0) | (_WRITE if gone else 0)
 
 
-def _options_of(fd: int, alike: Alike) -> Message:
-    """An inet_sk_entry with the options of a connection."""
+def _named(holders: Sequence[tuple[Any, int]], index: int, error: TorporError) -> TorporError:
+    """An error of one of these (task, descriptor) that says whose it is."""
+    try:
+        task, fd = holders[index]
+        with doing(f"task {task.pid}"), doing(f"fd {fd}"):
+            raise error
+    except TorporError as named:
+        return named
+
+
+def _read_options(fd: int, alike: Alike) -> _Taken:
     kind = Kind(fd)
-    key = kind.family, kind.type, kind.protocol
 
     def make(sock: Asked) -> Message:
         made = pb.inet_sk_entry(family=kind.family, type=kind.type, proto=kind.protocol)
@@ -318,10 +336,11 @@ def _options_of(fd: int, alike: Alike) -> Message:
         inet_options.read(sock, made, connected=True)
         return made
 
-    kept = pb.inet_sk_entry()
-    kept.CopyFrom(alike.of(fd, key, make))
-    sockopts.read_own(fd, kept.opts)
-    return kept
+    options = alike.of(fd, (kind.family, kind.type, kind.protocol), make)
+    with sockets.Plain(fd) as sock:
+        get = sock.getsockopt
+        sizes = get(sockets.SOL_SOCKET, sockopts.SO_SNDBUF), get(sockets.SOL_SOCKET, sockopts.SO_RCVBUF)
+    return _Taken(fd, options, sizes)
 
 
 def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:
@@ -353,7 +372,7 @@ def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:
     for ino, (task, fd) in holders.items():
         own = ctx.borrow(task, fd)
         with doing(f"task {task.pid}"), doing(f"fd {fd}"):
-            taken[ino] = _Taken(own, _options_of(own, alike))
+            taken[ino] = _read_options(own, alike)
     held = _Held(taken)
     ctx.undo.add("TCP connections", held.let_go)
     all_held = "network lock" in ctx.memo
@@ -365,9 +384,7 @@ def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:
         )
     if not all_held:
         ctx.memo["network lock"] = held.lock
-    for ino, (task, fd) in holders.items():
-        with doing(f"task {task.pid}"), doing(f"fd {fd}"):
-            _take(taken[ino])
+    _take_all(list(taken.values()), list(holders.values()))
     _settle([taken[ino] for ino in local])
     ctx.memo[key] = taken
     return taken
@@ -394,10 +411,20 @@ def _take(one: _Taken) -> None:
     one.saved = tcp.save(one.fd)
 
 
+def _take_all(connections: Sequence[_Taken], holders: Sequence[tuple[Any, int]]) -> None:
+    saved = tcp_read.take_all([one.fd for one in connections], lambda row, error: _named(holders, row, error))
+    for row, (one, found) in enumerate(zip(connections, saved, strict=True)):
+        try:
+            one.saved = found or tcp.save(one.fd)
+        except TorporError as error:
+            raise _named(holders, row, error) from None
+
+
 def _settle(pairs: list[_Taken]) -> None:
     """Read again what moved between two ends of the tree after one of them had been read."""
     for _ in range(_TRIES):
-        if all(one.saved is not None and tcp.sizes(one.fd) == one.saved[3] for one in pairs):
+        now = tcp_read.sizes_of([one.fd for one in pairs])
+        if all(one.saved is not None and one.saved[3] == sizes for one, sizes in zip(pairs, now, strict=True)):
             return
         for one in pairs:
             one.saved = tcp.save(one.fd)
@@ -406,7 +433,7 @@ def _settle(pairs: list[_Taken]) -> None:
 
 def _give_back(one: _Taken) -> None:
     tcp.repair(one.fd, on=False)
-    inet_options.put(one.fd, sockets.SOL_SOCKET, sockopts.SO_REUSEADDR, int(one.entry.opts.reuseaddr))
+    inet_options.put(one.fd, sockets.SOL_SOCKET, sockopts.SO_REUSEADDR, int(one.options.opts.reuseaddr))
 
 
 class _Held:

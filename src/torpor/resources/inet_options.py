@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..images.schema import Message
     from .asked import Asked
+    from .sockopts import Put
 
 SOCK_STREAM, SOCK_DGRAM, SOCK_RAW = 1, 2, 3
 IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_UDPLITE, IPPROTO_RAW = 1, 58, 136, 255
@@ -250,10 +251,36 @@ def restore(fd: int, entry: Message) -> None:
 
     It must be done before the socket is bound. Raises KernelError.
     """
+    for level, option, value in puts(entry):
+        try:
+            put(fd, level, option, value)
+        except OSError as error:
+            assert error.errno is not None
+            if not has_already(fd, entry, level, option):
+                raise KernelError(f"socket option {level}:{option}", error.errno) from None
+    for group in reversed(entry.groups):  # the kernel lists the newest first
+        join(fd, group)
+
+
+def has_already(fd: int, entry: Message, level: int, option: int) -> bool:
+    """Has a socket the value of an option that cannot be set, by what another one has done? TCP_MAXSEG follows
+    IP_OPTIONS, to where nobody can set it.
+    """
+    wanted = next((one.value for one in entry.more if (one.level, one.name) == (level, option)), None)
+    return wanted is not None and get(fd, level, option, len(wanted)) == wanted
+
+
+def puts(entry: Message) -> list[Put]:
+    """What :func:`restore` sets, but for multicast groups."""
+    found: list[Put] = []
+
+    def put(level: int, option: int, value: int | bytes) -> None:
+        found.append((level, option, value if isinstance(value, bytes) else struct.pack("=i", value)))
+
     options, six = entry.ip_opts, entry.family == AF_INET6
     level = SOL_IPV6 if six else SOL_IP
     if entry.v6only:
-        put(fd, SOL_IPV6, IPV6_V6ONLY, 1)
+        put(SOL_IPV6, IPV6_V6ONLY, 1)
     for field, option in (
         ("freebind", IPV6_FREEBIND if six else IP_FREEBIND),
         ("pktinfo", IPV6_RECVPKTINFO if six else IP_PKTINFO),
@@ -261,37 +288,33 @@ def restore(fd: int, entry: Message) -> None:
         ("ttl", IP_TTL),
     ):
         if options.HasField(field):
-            put(fd, SOL_IP if field in ("tos", "ttl") else level, option, int(getattr(options, field)))
+            put(SOL_IP if field in ("tos", "ttl") else level, option, int(getattr(options, field)))
     if options.HasField("raw") and entry.type == SOCK_RAW:
         raw = options.raw
         if raw.icmpv_filter:
-            put(
-                fd,
-                SOL_ICMPV6 if six else SOL_RAW,
-                ICMP_FILTER,
-                struct.pack(f"={len(raw.icmpv_filter)}I", *raw.icmpv_filter),
-            )
+            allowed = struct.pack(f"={len(raw.icmpv_filter)}I", *raw.icmpv_filter)
+            put(SOL_ICMPV6 if six else SOL_RAW, ICMP_FILTER, allowed)
         if raw.HasField("nodefrag"):
-            put(fd, SOL_IP, IP_NODEFRAG, int(raw.nodefrag))
+            put(SOL_IP, IP_NODEFRAG, int(raw.nodefrag))
         if raw.HasField("hdrincl"):
-            put(fd, level, IPV6_HDRINCL if six else IP_HDRINCL, int(raw.hdrincl))
-    for one in entry.more:
-        try:
-            put(fd, one.level, one.name, one.value)
-        except OSError as error:
-            assert error.errno is not None
-            if get(fd, one.level, one.name, len(one.value)) == one.value:
-                continue  # by what another one has done: TCP_MAXSEG follows IP_OPTIONS, to where nobody can set it
-            raise KernelError(f"socket option {one.level}:{one.name}", error.errno) from None
-    for group in reversed(entry.groups):  # the kernel lists the newest first
-        join(fd, group)
+            put(level, IPV6_HDRINCL if six else IP_HDRINCL, int(raw.hdrincl))
+    found += [(one.level, one.name, one.value) for one in entry.more]
+    return found
 
 
 def restore_tcp(fd: int, options: Message) -> None:
-    """Set those options of TCP that CRIU has. TCP_CORK comes last: setting the other one sends what is corked."""
-    for field, option in sorted(TCP_FIELDS.items(), key=lambda item: item[1] == TCP_CORK):
-        if options.HasField(field):
-            put(fd, SOL_TCP, option, int(getattr(options, field)))
+    """Set those options of TCP that CRIU has."""
+    for one in tcp_puts(options):
+        put(fd, *one)
+
+
+def tcp_puts(options: Message) -> list[Put]:
+    """What :func:`restore_tcp` sets. TCP_CORK comes last: setting the other one sends what is corked."""
+    ordered = sorted(TCP_FIELDS.items(), key=lambda item: item[1] == TCP_CORK)
+    return [
+        (SOL_TCP, option, struct.pack("=i", int(getattr(options, field))))
+        for field, option in ordered if options.HasField(field)
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------- flow labels

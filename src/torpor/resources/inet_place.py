@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .network_lock import Quad
 
 IP_BIND_ADDRESS_NO_PORT = 24
+_FOUR = struct.Struct("<H2sI8x")  # struct sockaddr_in
 PROTOCOLS = {
     IPPROTO_TCP: "TCP", IPPROTO_UDP: "UDP", IPPROTO_UDPLITE: "UDP-Lite", IPPROTO_ICMP: "ICMP",
     IPPROTO_ICMPV6: "ICMPv6",
@@ -38,9 +39,14 @@ def is_connection(entry: Message) -> bool:
 
 def names(entry: Message) -> tuple[bytes, bytes]:
     """struct sockaddr of both ends."""
-    scope = inet_options.interface(0, entry.ifname) if entry.ifname else 0
     family = entry.family
-    form, count = ("<I", 1) if family == AF_INET else ("<4I", 4)
+    if family == AF_INET:
+        return (
+            _FOUR.pack(family, entry.src_port.to_bytes(2, "big"), entry.src_addr[0]),
+            _FOUR.pack(family, entry.dst_port.to_bytes(2, "big"), entry.dst_addr[0]),
+        )
+    scope = inet_options.interface(0, entry.ifname) if entry.ifname else 0
+    form, count = "<4I", 4
     here, there = struct.pack(form, *entry.src_addr[:count]), struct.pack(form, *entry.dst_addr[:count])
     return tcp.sockaddr(family, here, entry.src_port, scope), tcp.sockaddr(family, there, entry.dst_port, scope)
 

@@ -18,9 +18,13 @@ from ..linux.sockets import SO_DOMAIN, SO_PROTOCOL, SO_TYPE, SOL_SOCKET, Plain, 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
+    from typing import TypeAlias
 
     from ..images.schema import Message
     from .asked import Asked
+
+    #: level, option, value
+    Put: TypeAlias = tuple[int, int, bytes]
 
 # include/uapi/asm-generic/socket.h
 SO_REUSEADDR, SO_DONTROUTE, SO_BROADCAST, SO_SNDBUF, SO_RCVBUF, SO_KEEPALIVE = 2, 5, 6, 7, 8, 9
@@ -81,7 +85,7 @@ def read_own(fd: int, entry: Message) -> None:
     with Plain(fd) as sock:
         get = sock.getsockopt
         entry.so_sndbuf, entry.so_rcvbuf = get(SOL_SOCKET, SO_SNDBUF), get(SOL_SOCKET, SO_RCVBUF)
-    entry.so_filter.extend(_filter(fd))
+    entry.so_filter.extend(read_filter(fd))
 
 
 def read(sock: _socket.socket | Asked) -> Message:
@@ -145,7 +149,7 @@ def _usual(sock: _socket.socket | Asked) -> dict[int, bytes]:
     return _defaults[key]
 
 
-def _filter(fd: int) -> list[int]:
+def read_filter(fd: int) -> list[int]:
     """The classic BPF program that was attached, an instruction a word, as CRIU packs them."""
     size = buffer(4)
     try:
@@ -171,6 +175,7 @@ def _filter(fd: int) -> list[int]:
 
 def restore(fd: int, entry: Message) -> None:
     """Give a socket these options. Those that it has already are left alone, for not all can be set."""
+    attach_filter(fd, list(entry.so_filter))
     with Plain(fd) as sock:
         get, put = sock.getsockopt, sock.setsockopt
         for size, option, force in (
@@ -179,28 +184,47 @@ def restore(fd: int, entry: Message) -> None:
         ):
             if size and get(SOL_SOCKET, option) != size:
                 put(SOL_SOCKET, force, size // 2)  # the kernel doubles it
+        for one in changes(fd, entry):
+            put(*one)
+
+
+def changes(fd: int, entry: Message) -> list[Put]:
+    """What is to be set for a socket to have these options, but for its filter and the sizes of its buffers, which come
+    before.
+    """
+    found: list[Put] = []
+    with Plain(fd) as sock:
+        get = sock.getsockopt
         if entry.HasField("so_buf_lock") and _get(sock, SO_BUF_LOCK, 4) is not None:
-            put(SOL_SOCKET, SO_BUF_LOCK, entry.so_buf_lock)
+            found.append((SOL_SOCKET, SO_BUF_LOCK, struct.pack("=I", entry.so_buf_lock)))
         for field, option in _NUMBERS.items():
             if not entry.HasField(field):
                 continue
             value = int(getattr(entry, field))
             if get(SOL_SOCKET, option) != value:
-                put(SOL_SOCKET, option, value)
+                found.append((SOL_SOCKET, option, struct.pack("=I", value & 0xFFFFFFFF)))
         for option, seconds, micros in (
             (SO_SNDTIMEO, entry.so_snd_tmo_sec, entry.so_snd_tmo_usec),
             (SO_RCVTIMEO, entry.so_rcv_tmo_sec, entry.so_rcv_tmo_usec),
         ):
             wanted = struct.pack("=QQ", seconds, micros)
             if get(SOL_SOCKET, option, 16) != wanted:
-                put(SOL_SOCKET, option, wanted)
-        if entry.HasField("so_linger"):
-            put(SOL_SOCKET, SO_LINGER, struct.pack("=iI", 1, entry.so_linger))
-        if entry.HasField("so_bound_dev"):
-            put(SOL_SOCKET, SO_BINDTODEVICE, pb.get_bytes(entry.so_bound_dev) + b"\0")
-        attach_filter(fd, list(entry.so_filter))
-        for one in entry.more:
-            put(one.level, one.name, one.value)
+                found.append((SOL_SOCKET, option, wanted))
+    if entry.HasField("so_linger"):
+        found.append((SOL_SOCKET, SO_LINGER, struct.pack("=iI", 1, entry.so_linger)))
+    if entry.HasField("so_bound_dev"):
+        found.append((SOL_SOCKET, SO_BINDTODEVICE, pb.get_bytes(entry.so_bound_dev) + b"\0"))
+    found += [(one.level, one.name, one.value) for one in entry.more]
+    return found
+
+
+def but_for_sizes(entry: Message) -> bytes:
+    """The options but for the sizes of the buffers, to compare them."""
+    kept = pb.sk_opts_entry()
+    kept.CopyFrom(entry)
+    kept.so_sndbuf = kept.so_rcvbuf = 0
+    serialized: bytes = kept.SerializeToString(deterministic=True)
+    return serialized
 
 
 def attach_filter(fd: int, words: list[int]) -> None:

@@ -18,7 +18,8 @@ from ...images import schema as pb
 from ...linux import inet_diag, sockets
 from ...linux.call import call
 from ...linux.inet_diag import AF_INET, AF_INET6, CLOSE, ESTABLISHED, IPPROTO_TCP, IPPROTO_UDP, LISTEN
-from .. import inet_dump, inet_options, inet_place, sockopts, tcp, udp_queue
+from ...remote.many import Many
+from .. import inet_dump, inet_options, inet_place, sockopts, tcp, tcp_build, udp_queue
 from ..base import FileResource, patiently
 from ..fown import set_flags
 from ..inet_options import IPPROTO_UDPLITE, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, put
@@ -87,7 +88,7 @@ class _Maker:
         self.closed = inet_place.closed(ctx)
         #: What a network lock of the dump may hold back.
         self.locked: list[Quad] = []
-        self.connections: list[tcp.Connection] = []
+        self.connections: list[tcp_build.Connection] = []
         #: Those that share a port for as long as it takes to bind another, and all by their port.
         self.shared: list[Message] = []
         self.by_port: dict[tuple[int, int], list[tuple[int, Message]]] = {}
@@ -97,10 +98,7 @@ class _Maker:
         try:
             if entry.HasField("uid"):
                 os.fchown(fd, entry.uid, entry.gid)  # with others of the same user it may share a port
-            if is_connection(entry):
-                self._connection(fd, entry)
-            else:
-                self._plain(fd, entry)
+            self._plain(fd, entry)
             set_flags(fd, entry.flags)
         except BaseException:
             os.close(fd)
@@ -192,7 +190,23 @@ class _Maker:
 
     # ---- connections
 
+    def make_connections(self, entries: list[Message], made: dict[int, int]) -> None:
+        """Make the sockets of connections, into ``made``: all at once, for there may be thousands."""
+        many = Many()
+        kind = sockets.SOCK_STREAM | sockets.SOCK_CLOEXEC
+        block = many.calls("socket", [entry.family for entry in entries], kind, [entry.proto for entry in entries])
+        try:
+            many.run()
+        finally:
+            made.update((entry.id, fd) for entry, fd in zip(entries, block.results, strict=False))
+        for entry in entries:
+            with doing(lambda entry=entry: describe(entry)):  # type: ignore[misc]
+                self._connection(made[entry.id], entry)
+        tcp_build.build(self.connections, _explain)
+
     def _connection(self, fd: int, entry: Message) -> None:
+        if entry.HasField("uid"):
+            os.fchown(fd, entry.uid, entry.gid)
         if entry.state != CLOSE:
             self.locked.append(inet_place.quad_in_images(entry, self.ctx))
         if entry.id in self.closed:
@@ -200,6 +214,7 @@ class _Maker:
             inet_options.restore(fd, entry)
             inet_options.restore_tcp(fd, entry.tcp_opts)
             _shutdown(fd, SHUT_RDWR)
+            set_flags(fd, entry.flags)
             return
         if entry.state != CLOSE and not self.ctx.options.tcp_established:
             raise Unsupported("an established TCP connection", hint="use --tcp-established, or --tcp-close")
@@ -209,20 +224,9 @@ class _Maker:
             put(fd, sockets.SOL_SOCKET, sockopts.SO_BINDTODEVICE, os.fsencode(device) + b"\0")
         if entry.opts.so_mark:
             put(fd, sockets.SOL_SOCKET, sockopts.SO_MARK, entry.opts.so_mark)
-        inet_options.restore(fd, entry)
-        stream, to_read, to_send = self._stream(entry)
-        local, peer = names(entry)
-        try:
-            made = tcp.Connection(fd, entry, local, peer, stream, to_read, to_send)
-        except KernelError as error:
-            raise _why(error, local, peer) from None
-        self.connections.append(made)
-
-    def _stream(self, entry: Message) -> tuple[Message, bytes, bytes]:
-        image = f"tcp-stream-{entry.ino:x}"
-        for stream, data in self.ctx.images.iter_with_payload(image, required=True):
-            return stream, data[: stream.inq_len], data[stream.inq_len :]
-        raise ImageError(f"{image}.img", "", "is empty")
+        stream, data = self.ctx.images.read_first(f"tcp-stream-{entry.ino:x}")
+        parts = data[: stream.inq_len], data[stream.inq_len :]
+        self.connections.append(tcp_build.Connection(fd, entry, *names(entry), stream, *parts))
 
     def release(self) -> None:
         """The tasks are about to run: let packets through, and the connections send."""
@@ -234,15 +238,16 @@ class _Maker:
             if self.connections:
                 raise
             log.warning(f"of connections that are closed: {error}")
+        held = []
         for one in self.connections:
             fd = self.ctx.built.get(one.entry.id)
-            if fd is None:
-                continue  # nobody holds it
-            with doing(lambda one=one: f"TCP connection {tcp.shown(one.local)} - {tcp.shown(one.peer)}"):  # type: ignore[misc]
-                one.release(fd)
-                if one.entry.state == ESTABLISHED and one.entry.shutdown == pb.sk_shutdown.READ:
-                    _shutdown(fd, SHUT_RD)
-                set_flags(fd, one.entry.flags)
+            if fd is not None:  # else nobody holds it
+                one.fd = fd
+                held.append(one)
+        tcp_build.release(held, _explain)
+        for one in held:
+            if one.entry.state == ESTABLISHED and one.entry.shutdown == pb.sk_shutdown.READ:
+                _shutdown(one.fd, SHUT_RD)
 
 
 def _make_all(ctx: BuildContext) -> dict[int, int]:
@@ -261,19 +266,19 @@ def _make_all(ctx: BuildContext) -> dict[int, int]:
         made.clear()
 
     ctx.undo.add("sockets that nobody took", forget)
-    for entry in sorted(entries, key=_rank):
-        with doing(lambda entry=entry: describe(entry)):  # type: ignore[misc]
-            made[entry.id] = maker.make(entry)
+    # Listeners come first, for connections may take a port that is in use, and connections last.
+    for entry in sorted(entries, key=lambda entry: entry.state != LISTEN):
+        if not is_connection(entry):
+            with doing(lambda entry=entry: describe(entry)):  # type: ignore[misc]
+                made[entry.id] = maker.make(entry)
+    connections = [entry for entry in entries if is_connection(entry)]
+    if connections:
+        maker.make_connections(connections, made)
     if maker.shared:
         ctx.memo.setdefault("after_build", []).append(maker.finish)
     if maker.connections or maker.locked:
         ctx.memo.setdefault("after_restore", []).append(maker.release)
     return made
-
-
-def _rank(entry: Message) -> tuple[bool, bool]:
-    """Listeners come first, for connections may take a port that is in use, and connections last."""
-    return is_connection(entry), entry.state != LISTEN
 
 
 def _check_entry(entry: Message) -> None:
@@ -439,6 +444,15 @@ def _exists(local: bytes, peer: bytes) -> Unsupported:
         f"TCP connection {tcp.shown(local)} - {tcp.shown(peer)} exists already",
         hint="end the process that has it, or use --tcp-close",
     )
+
+
+def _explain(one: tcp_build.Connection, error: KernelError) -> Exception:
+    """An error of a connection that says which one it is, and what is missing."""
+    try:
+        with doing(f"TCP connection {tcp.shown(one.local)} - {tcp.shown(one.peer)}"):
+            raise _why(error, one.local, one.peer)
+    except TorporError as explained:
+        return explained
 
 
 def _why(error: KernelError, local: bytes, peer: bytes) -> Exception:
