@@ -42,10 +42,11 @@ class Stored:
         No piece reaches from one of the mappings ``entries`` into another. Raises ImageError.
         """
         found: list[Piece] = []
+        memo = self._memo
         parent_pid = parent.pid if parent else 0
         for address, count, _, fd, offset, same_as in runs:
             if same_as == 0:
-                found.append((self._memo["pages", fd], address, count * PAGE, offset))
+                found.append((memo["pages", fd], address, count * PAGE, offset))
             elif same_as != parent_pid:
                 found += self._foreign(task, same_as, address, address + count * PAGE)
         return _cut(found, entries)
@@ -67,16 +68,19 @@ class Stored:
     def _foreign(self, task: RestoredTask, owner_pid: int, start: int, end: int) -> list[Piece]:
         """Where pages lie that are stored with another task."""
         owner = self._snapshot.tasks.get(owner_pid)
-        place = f"page {start:#x}"
         # Only ever an earlier one: so the search ends.
         if owner is None or self._order[owner.pid] >= self._order[task.pid] or not owner.alive:
-            raise ImageError(f"pagemap-{task.pid}.img", place, f"it is said to be task {owner_pid}'s")
+            raise ImageError(f"pagemap-{task.pid}.img", f"page {start:#x}", f"it is said to be task {owner_pid}'s")
         if owner_pid not in self._places:
             self._places[owner_pid] = [run[0] for run in owner.runs], owner.runs
         starts, runs = self._places[owner_pid]
+        first = max(bisect_right(starts, start) - 1, 0)
+        if runs and not runs[first][5] and starts[first] <= start and end <= starts[first] + runs[first][1] * PAGE:
+            address, _, _, fd, offset, _ = runs[first]  # nearly always
+            return [(self._memo["pages", fd], start, end - start, offset + start - address)]
         found: list[Piece] = []
         covered = 0
-        for index in range(max(bisect_right(starts, start) - 1, 0), len(runs)):
+        for index in range(first, len(runs)):
             address, count, _, fd, offset, same_as = runs[index]
             if address >= end:
                 break
@@ -89,7 +93,8 @@ class Stored:
             else:
                 found += self._foreign(owner, same_as, low, high)
         if covered != end - start:
-            raise ImageError(f"pagemap-{owner_pid}.img", place, f"task {task.pid} needs it and it is not there")
+            why = f"task {task.pid} needs it and it is not there"
+            raise ImageError(f"pagemap-{owner_pid}.img", f"page {start:#x}", why)
         return found
 
 

@@ -120,6 +120,16 @@ class Layout:
         others = (entry for entry in self.entries if entry.start not in kept and not entry.status & NO_PAGES)
         return [(entry.start, entry.end) for entry in others]
 
+    def holding(self, pieces: list[Piece]) -> list[Message]:
+        """The mappings that hold pieces, which are ascending by address and lie in one each."""
+        found: list[Message] = []
+        end = 0
+        for _, address, _, _ in pieces:
+            if address >= end:
+                found.append(self.entry_at(address))
+                end = found[-1].end
+        return found
+
     def entry_at(self, address: int) -> Message:
         """The mapping that holds an address (checked when it was loaded)."""
         return self.entries[bisect_right(self.starts, address) - 1]
@@ -224,7 +234,8 @@ class MemoryPlan:
         Not so in a task whose children inherit its memory: they are born before. Nor where the descriptor for it would
         appear in other tasks.
         """
-        plain = [piece for piece in pieces if self._is_plain(layout.entry_at(piece[1]), kept)]
+        some = pieces if self.ctx.options.map else [piece for piece in pieces if piece[2] >= LARGE_BYTES]
+        plain = [piece for piece in some if self._is_plain(layout.entry_at(piece[1]), kept)]
         mapped = self._to_map(layout, plain) if self.ctx.options.map else []
         later = {piece[1] for piece in mapped}
         large = [piece for piece in plain if piece[2] >= LARGE_BYTES and piece[1] not in later]
@@ -335,7 +346,7 @@ class MemoryPlan:
 
         The pieces that a mapping's resource brings in by itself are taken out of ``pieces``.
         """
-        filled = {layout.entry_at(piece[1]).start for piece in pieces}
+        filled = {entry.start for entry in layout.holding(pieces)}
         first = [entry for entry in layout.first if entry.start not in kept]
         if first:
             self._emit_first(first, kept, inherited, program)
@@ -405,12 +416,8 @@ class MemoryPlan:
 
     def _emit_pages(self, layout: Layout, pieces: list[Piece], writable: set[int], program: Program) -> None:
         """Read pages into place. ``writable``: starts of mappings that were made writable for it."""
-        closed = {}
-        for piece in pieces:
-            entry = layout.entry_at(piece[1])
-            if not entry.prot & PROT_WRITE:
-                closed[entry.start] = entry
-        rows = [(start, entry.end - start, entry.prot) for start, entry in closed.items()]
+        closed = [entry for entry in layout.holding(pieces) if not entry.prot & PROT_WRITE]
+        rows = [(entry.start, entry.end - entry.start, entry.prot) for entry in closed]
         opened = [(start, size, prot | PROT_WRITE) for start, size, prot in rows if start not in writable]
         program.calls("mprotect", opened)
         for group in groups(pieces):
