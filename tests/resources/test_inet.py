@@ -206,6 +206,49 @@ except OSError: pass
     ).whole()
 
 
+def test_anycast_addresses(trip: Callable[[str, str], Trip]) -> None:
+    """Joined once, twice, and not at all, though others have it; the kernel lists them without saying who."""
+    subprocess.run(["ip", "address", "add", "fd00:88::1/64", "dev", "lo", "nodad"], check=True)
+    trip(
+        """
+lo = if_nametoindex("lo")
+def request(last): return inet_pton(AF_INET6, "fd00:88::" + last) + struct.pack("I", lo)
+socks = [socket(AF_INET6, SOCK_DGRAM) for _ in range(3)]
+for s, last in ((socks[0], "a1"), (socks[0], "a2"), (socks[1], "a2")): s.setsockopt(41, 27, request(last))
+def listed(): return sorted(line.split()[1:] for line in open("/proc/net/anycast6"))
+before = listed()
+""",
+        """
+same("listed", listed(), before); same("both", len(before), 2)
+def leaves(s, last):
+    try: s.setsockopt(41, 28, request(last)); return True
+    except OSError: return False
+same("members", [[leaves(s, last) for last in ("a1", "a2")] for s in socks], [[True, True], [False, True], [False, False]])
+same("gone", listed(), [])
+""",
+    ).whole()
+
+
+def test_a_peer_at_port_zero(trip: Callable[[str, str], Trip]) -> None:
+    """getpeername(2) says that there is none, and yet nobody else is heard."""
+    trip(
+        """
+pairs = []
+for family, kind in ((AF_INET, SOCK_DGRAM), (AF_INET6, SOCK_DGRAM)):
+    s = socket(family, kind); s.connect(("127.0.0.9" if family == AF_INET else "::1", 0)); pairs.append(s)
+def shown(): return [sorted(line.split()[1:4] for line in open(f"/proc/net/{name}") if ":0000 01" in line) for name in ("udp", "udp6")]
+before = shown()
+""",
+        """
+same("peers", shown(), before); same("one each", [len(one) for one in before], [1, 1])
+other = socket(AF_INET, SOCK_DGRAM); other.sendto(b"stranger", pairs[0].getsockname())
+pairs[0].settimeout(.2)
+try: errors.append(f"heard {pairs[0].recv(9)}")
+except TimeoutError: pass
+""",
+    ).whole()
+
+
 def test_names_of_all_kinds(trip: Callable[[str, str], Trip]) -> None:
     """Addresses that nobody has any more, or never had; of one interface; without a port; of raw sockets."""
     for address in ("10.77.0.1/32", "fd00:77::1/128", "fe80::77/64"):

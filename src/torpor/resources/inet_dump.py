@@ -225,6 +225,10 @@ def _others(source: SourceFile, entry: Message, kind: Kind, ctx: DumpContext) ->
     if udp:
         udp_queue.dump(source, ctx)
         shown = _diag(ctx, kind.protocol).get(entry.ino)
+        if shown and shown.state == ESTABLISHED and not entry.dst_port:  # getpeername(2) knows of no port 0
+            there = shown.destination[0]
+            entry.dst_addr[:] = [int.from_bytes(there[at : at + 4], "little") for at in range(0, len(there), 4)]
+            entry.state = ESTABLISHED
         _shut(entry, shown.shutdown if shown else _poll(fd))
 
 

@@ -33,6 +33,7 @@ SOL_IP, SOL_TCP, SOL_UDP, SOL_IPV6, SOL_ICMPV6, SOL_UDPLITE, SOL_RAW = 0, 6, 17,
 IP_TOS, IP_TTL, IP_HDRINCL, IP_ROUTER_ALERT, IP_PKTINFO, IP_FREEBIND, IP_NODEFRAG = 1, 2, 3, 5, 8, 15, 22
 IP_MULTICAST_IF, IPV6_ROUTER_ALERT = 32, 22
 IPV6_FLOWLABEL_MGR, _RENEW, _EXCL = 32, 2, 1
+IPV6_JOIN_ANYCAST, IPV6_LEAVE_ANYCAST = 27, 28
 IPV6_CHECKSUM, IPV6_V6ONLY, IPV6_HDRINCL, IPV6_RECVPKTINFO, IPV6_FREEBIND = 7, 26, 36, 49, 78
 TCP_MAXSEG, TCP_NODELAY, TCP_CORK, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT = 2, 1, 3, 4, 5, 6
 TCP_WINDOW_CLAMP, TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, TCP_ULP = 10, 23, 30, 31
@@ -128,6 +129,9 @@ def dump(fd: int, entry: Message, *, connected: bool) -> None:
         read(sock, entry, connected=connected)
     finally:
         sock.detach()
+    if entry.family == AF_INET6:
+        for request in anycast(fd):
+            entry.more.add(level=SOL_IPV6, name=IPV6_JOIN_ANYCAST, value=request)
     if not _is_tcp(entry):
         entry.groups.extend(memberships(fd, entry.family))
         if entry.family == AF_INET6 and entry.type != SOCK_RAW:  # it may have joined some of IPv4, too
@@ -376,6 +380,37 @@ def _groups(family: int) -> Iterator[tuple[int, bytes]]:
             words = line.split()
             if words[2] not in _ALWAYS:
                 yield int(words[0]), bytes.fromhex(words[2])
+
+
+def anycast(fd: int) -> list[bytes]:
+    """The anycast addresses of IPv6 that a socket has joined, a struct ipv6_mreq each (net/ipv6/anycast.c).
+
+    The kernel lists only those of each interface. Whether the socket has one is told by leaving it, after it was seen
+    that it can be joined again.
+    """
+    found = []
+    for line in _lines("/proc/thread-self/net/anycast6"):
+        words = line.split()  # index, name, address, users
+        request = bytes.fromhex(words[2]) + struct.pack("=i", int(words[0]))
+        try:
+            put(fd, SOL_IPV6, IPV6_JOIN_ANYCAST, request)
+        except OSError:
+            continue  # the kernel's own (of routers)
+        put(fd, SOL_IPV6, IPV6_LEAVE_ANYCAST, request)
+        if _leaves_anycast(fd, request):
+            put(fd, SOL_IPV6, IPV6_JOIN_ANYCAST, request)
+            found.append(request)
+    return found
+
+
+def _leaves_anycast(fd: int, request: bytes) -> bool:
+    try:
+        put(fd, SOL_IPV6, IPV6_LEAVE_ANYCAST, request)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
+    return True
 
 
 def _lines(path: str) -> Iterable[str]:

@@ -119,7 +119,7 @@ class _Maker:
             if not is_tcp(entry):
                 raise ImageError("files.img", f"file {entry.id}: state", "only TCP listens")
             self._listen(fd, entry)
-        elif entry.dst_port or (entry.type == SOCK_RAW and any(entry.dst_addr)):
+        elif entry.dst_port or (any(entry.dst_addr) and (entry.type == SOCK_RAW or _has_peer(entry))):
             _connect(fd, peer)
         if entry.HasField("shutdown") and entry.shutdown:
             _shutdown(fd, entry.shutdown - 1)
@@ -328,6 +328,11 @@ def _connect(fd: int, name: bytes) -> None:
         call("connect", fd, name, len(name))
     except KernelError as error:
         raise _why(error, b"", name) from None
+
+
+def _has_peer(entry: Message) -> bool:
+    """Is it a datagram socket that is connected? The port of its peer may be 0."""
+    return bool(entry.type == SOCK_DGRAM and entry.state == ESTABLISHED)
 
 
 def _shutdown(fd: int, how: int) -> None:
