@@ -12,6 +12,9 @@
 #ifndef IORING_SETUP_DEFER_TASKRUN
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
+#ifndef IORING_SETUP_NO_MMAP
+#define IORING_SETUP_NO_MMAP (1U << 14)
+#endif
 #ifndef IORING_SETUP_NO_SQARRAY
 #define IORING_SETUP_NO_SQARRAY (1U << 16)
 #endif
@@ -41,10 +44,16 @@ static UNUSED void ring_open(struct ring *ring, unsigned entries, struct io_urin
 	if (!(params.flags & IORING_SETUP_NO_SQARRAY) && params.sq_off.array + 4 * params.sq_entries > size)
 		size = params.sq_off.array + 4 * params.sq_entries;
 	ring->memory_size = size;
-	ring->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring->fd, IORING_OFF_SQ_RING);
 	ring->entry_memory_size = params.sq_entries * (params.flags & IORING_SETUP_SQE128 ? 128 : 64);
-	ring->entry_memory = mmap(NULL, ring->entry_memory_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
-				  ring->fd, IORING_OFF_SQES);
+	if (params.flags & IORING_SETUP_NO_MMAP) {  /* the last words of either struct of offsets: the address */
+		memcpy(&ring->memory, (char *)&given->cq_off + 32, 8);
+		memcpy(&ring->entry_memory, (char *)&given->sq_off + 32, 8);
+	} else {
+		ring->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring->fd,
+				    IORING_OFF_SQ_RING);
+		ring->entry_memory = mmap(NULL, ring->entry_memory_size, PROT_READ | PROT_WRITE,
+					  MAP_SHARED | MAP_POPULATE, ring->fd, IORING_OFF_SQES);
+	}
 	CHECK(ring->memory != MAP_FAILED && ring->entry_memory != MAP_FAILED);
 #define WORD(off) ((volatile unsigned *)(ring->memory + (off)))
 	ring->sq_head = WORD(params.sq_off.head);
@@ -62,6 +71,16 @@ static UNUSED void ring_open(struct ring *ring, unsigned entries, struct io_urin
 	if (!(params.flags & IORING_SETUP_NO_SQARRAY))
 		for (unsigned i = 0; i < ring->entries; i++)
 			ring->array[i] = i;
+}
+
+/* In memory of the program's: the rings at one place, the submission entries at another. */
+static UNUSED void ring_make_in(struct ring *ring, unsigned entries, unsigned flags, char *rings, char *sqes)
+{
+	struct io_uring_params params = {.flags = flags | IORING_SETUP_NO_MMAP};
+
+	memcpy((char *)&params.cq_off + 32, &rings, 8);
+	memcpy((char *)&params.sq_off + 32, &sqes, 8);
+	ring_open(ring, entries, &params);
 }
 
 static UNUSED void ring_make(struct ring *ring, unsigned entries, unsigned flags)

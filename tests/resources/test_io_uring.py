@@ -172,7 +172,11 @@ def test_the_steps_add_up(taken: int, posted: int, waiting: int) -> None:
 def damaged(**fields: object) -> Any:
     entry = entry_of(10, 10, 8)
     for name, value in fields.items():
-        setattr(entry, name, value)
+        if isinstance(value, list):
+            for one in value:
+                getattr(entry, name).add(**one)
+        else:
+            setattr(entry, name, value)
     return entry
 
 
@@ -183,7 +187,11 @@ def damaged(**fields: object) -> Any:
         ({"sq_entries": 1 << 20}, "sq_entries"),
         ({"cq_entries": 0}, "cq_entries"),
         ({"setup": 1 << 30}, "setup"),
-        ({"setup": io_uring.NO_MMAP}, "setup"),
+        ({"setup": io_uring.REGISTERED_FD_ONLY}, "setup"),
+        ({"setup": io_uring.NO_MMAP}, "memory"),
+        ({"memory": [{"id": 1, "offset": 0}] * 2}, "memory"),
+        ({"setup": io_uring.NO_MMAP, "memory": [{"id": 1, "offset": 0}, {"id": 1, "offset": 7}]}, "memory"),
+        ({"setup": io_uring.NO_MMAP | io_uring.SQPOLL, "memory": [{"id": 1, "offset": 0}] * 2}, "memory"),
         ({"cq_tail": 7}, "cq_tail"),
         ({"cq_tail": 100}, "cq_tail"),
         ({"setup": io_uring.SINGLE_ISSUER, "sq_head": 3, "cq_tail": (1 << 20) + 3}, "cq_tail"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import struct
 
 from .call import call
@@ -60,11 +61,14 @@ class Params:
         self.wq_fd = wq_fd
         self.sq_off: dict[str, int] = {}
         self.cq_off: dict[str, int] = {}
+        #: With NO_MMAP: where the submission entries, and the two rings, are to be.
+        self.sq_address = self.cq_address = 0
 
     def pack(self) -> bytes:
         """As the kernel takes it."""
         words = (self.sq_entries, self.cq_entries, self.flags, self.cpu, self.idle_ms, 0, self.wq_fd)
-        return self._FORM.pack(*words, *(0,) * 23)
+        places = [(0,) * 8 + (one & 0xFFFFFFFF, one >> 32) for one in (self.sq_address, self.cq_address)]
+        return self._FORM.pack(*words, 0, 0, 0, *places[0], *places[1])
 
     def unpack(self, data: bytes) -> None:
         """As the kernel gives it back."""
@@ -122,24 +126,37 @@ def register(fd: int, what: int, data: bytes, count: int) -> int:
 class Rings:
     """A ring's memory as we see it: ``ring`` holds the heads, tails and completions, ``sqes`` the submissions."""
 
-    __slots__ = ("_words", "params", "ring", "sqes")
+    __slots__ = ("_areas", "_words", "params", "ring", "sqes")
 
-    def __init__(self, fd: int, params: Params) -> None:
+    def __init__(self, fd: int, params: Params, places: Sequence[tuple[int, int]] = ()) -> None:
+        """``places``: the (descriptor, offset) of the one and of the other, if they are not to be had by ``fd``."""
         self.params = params
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        self.ring = mmap.mmap(fd, params.ring_bytes, mmap.MAP_SHARED, access, offset=OFF_SQ_RING)
+        self._areas: list[mmap.mmap] = []
+        places = places or ((fd, OFF_SQ_RING), (fd, OFF_SQES))
+        sizes = params.ring_bytes, params.sqe_bytes
         try:
-            self.sqes = mmap.mmap(fd, params.sqe_bytes, mmap.MAP_SHARED, access, offset=OFF_SQES)
+            self.ring, self.sqes = (self._map(*place, size) for place, size in zip(places, sizes, strict=True))
         except BaseException:
-            self.ring.close()
+            self._unmap()
             raise
-        self._words = memoryview(self.ring)[: params.ring_bytes & -4].cast("I")
+        self._words = self.ring[: params.ring_bytes & -4].cast("I")
+
+    def _map(self, fd: int, offset: int, size: int) -> memoryview:
+        before = offset % max(os.fstatvfs(fd).f_bsize, mmap.PAGESIZE)  # of huge pages it begins with a whole one
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        area = mmap.mmap(fd, before + size, mmap.MAP_SHARED, access, offset=offset - before)
+        self._areas.append(area)
+        return memoryview(area)[before : before + size]
+
+    def _unmap(self) -> None:
+        for area in self._areas:
+            area.close()
 
     def close(self) -> None:
         """Unmap it."""
-        self._words.release()
-        self.ring.close()
-        self.sqes.close()
+        for view in (self._words, self.ring, self.sqes):
+            view.release()
+        self._unmap()
 
     def sq(self, name: str) -> int:
         """A word of the submission ring."""

@@ -17,7 +17,7 @@ from ..linux import io_uring
 from ..linux.kernel import KCMP_FILES, kcmp, pidfd_getfd
 from ..proc import fdinfo, fdinfo_kinds
 from ..proc.read import numbers, read
-from . import uring_requests
+from . import uring_memory, uring_requests
 from .uring_state import Kernel
 
 TYPE_CHECKING = False
@@ -38,7 +38,7 @@ PFN_MASK = (1 << 55) - 1
 WORD = (1 << 32) - 1
 #: How often a thread is sent to collect completions that its ring had without requests, each time as many as fit.
 LOTS_MAX = 20_000
-KNOWN_FLAGS = 0x3FFFF & ~(io_uring.NO_MMAP | io_uring.REGISTERED_FD_ONLY)
+KNOWN_FLAGS = 0x3FFFF & ~io_uring.REGISTERED_FD_ONLY
 SAMPLES, BETWEEN_SAMPLES_S = 5, 0.02
 LOOKS, BETWEEN_LOOKS_S = 1000, 0.001
 _TURN_OFF = "make the program do without io_uring for the dump, or close the ring before it"
@@ -47,7 +47,7 @@ _TURN_OFF = "make the program do without io_uring for the dump, or close the rin
 class Ring:
     """One ring of the tree. ``fd`` is a descriptor of ours for it, ``holders`` the tree's (pid, fd)."""
 
-    __slots__ = ("_fdinfo", "fd", "file", "holders", "layout", "requests", "rings", "state")
+    __slots__ = ("_fdinfo", "fd", "file", "holders", "layout", "requests", "rings", "spots", "state")
 
     def __init__(self, fd: int, file: int) -> None:
         self.fd = fd
@@ -59,6 +59,8 @@ class Ring:
         self._fdinfo: Fdinfo | None = None
         self.layout: io_uring.Params
         self.rings: io_uring.Rings | None = None
+        #: Where it lies in the program's memory, if it does and that is shared.
+        self.spots: list[uring_memory.Spot] | None = None
 
     def look(self) -> fdinfo_kinds.IoUring:
         """What fdinfo says now. Raises Unsupported if it says nothing for a second."""
@@ -83,7 +85,10 @@ class Ring:
     def map(self) -> io_uring.Rings:
         """Its memory."""
         if self.rings is None:
-            self.rings = io_uring.Rings(self.fd, self.layout)
+            if self.spots is None:
+                self.rings = io_uring.Rings(self.fd, self.layout)
+            else:
+                self.rings = uring_memory.rings(self.spots, self.layout)
         return self.rings
 
     def close(self) -> None:
@@ -106,6 +111,7 @@ class Rings:
         self.counts_at_rest: list[tuple[int, int]] = []
         self._of_fd: dict[tuple[int, int], Ring] = {}
         self._kernel: Kernel | None = None
+        self._frames: uring_memory.Frames | None = None
         self._ctx = ctx
         self._open_files: dict[int, tuple[int, int]] | None = None
         self._files_of: dict[int, dict[int, int]] = {}
@@ -165,8 +171,14 @@ class Rings:
         addresses = self.kernel.private_data(self.all) if rings else []
         for ring, state in zip(rings, self.kernel.read(addresses) if rings else [], strict=True):
             ring.state = state
-            if not state.flags & ~KNOWN_FLAGS:
-                ring.layout = layout_of(state)
+            if state.flags & ~KNOWN_FLAGS:
+                continue
+            ring.layout = layout_of(state)
+            if state.flags & io_uring.NO_MMAP:
+                self._frames = self._frames or uring_memory.Frames(self.kernel)
+                pids = [pid for pid, _ in ring.holders]
+                ring.spots = uring_memory.find(state, pids, self.kernel, self._frames)
+            else:
                 self.pages[_frame(os.getpid(), ring.map(), 0)] = ring
                 self.pages[_frame(os.getpid(), ring.map(), 1)] = ring
 
@@ -286,6 +298,8 @@ class Rings:
             self._find_file(ring, one, tid)
             if ring.state.flags & io_uring.SQPOLL:
                 one.trouble = "a thread of the kernel's polls the ring, and could be about to do it"
+            elif ring.state.flags & io_uring.NO_MMAP:
+                one.trouble = "the ring lies in the program's own memory"
             found.append((tid, one))
         return found
 
@@ -366,6 +380,8 @@ class Rings:
                 hint="have the program close the ring and make a new one before the dump",
             )
         self._check_holders(ring)
+        if state.flags & io_uring.NO_MMAP:
+            _check_memory(ring)
         if state.submitter and tids is not None and state.submitter not in tids:
             raise Unsupported("the only thread that may use it (IORING_SETUP_SINGLE_ISSUER) has ended")
         if state.flags & io_uring.SINGLE_ISSUER:
@@ -408,8 +424,7 @@ class Rings:
 def _troubles(state: State) -> list[tuple[str, str]]:
     flags, numbers = state.flags, state.numbers
     known = (
-        (flags & (io_uring.NO_MMAP | io_uring.REGISTERED_FD_ONLY),
-         "its rings lie in the program's own memory (IORING_SETUP_NO_MMAP)"),
+        (flags & io_uring.REGISTERED_FD_ONLY, "nobody has a descriptor of it (IORING_SETUP_REGISTERED_FD_ONLY)"),
         (flags & ~KNOWN_FLAGS, f"it was made with flags that Torpor does not know ({flags:#x})"),
         (numbers["restricted"], "restrictions are in force on it"),
         (numbers["personalities"], "credentials are registered with it (personalities)"),
@@ -419,6 +434,24 @@ def _troubles(state: State) -> list[tuple[str, str]]:
         (numbers["region"], "it has a memory region of its own (IORING_REGISTER_MEM_REGION)"),
     )  # fmt: skip
     return [(f"{trouble}, which is not supported", _TURN_OFF) for found, trouble in known if found]
+
+
+def _check_memory(ring: Ring) -> None:
+    flags = ring.state.flags
+    trouble = ""
+    if flags & io_uring.SQPOLL:
+        trouble = "a thread polls it"
+    elif flags & io_uring.SINGLE_ISSUER:
+        trouble = "one thread alone may use it"
+    elif any(length for _, length, _ in ring.state.buffers):
+        trouble = "it has registered buffers"
+    elif ring.spots is None:
+        trouble = "that memory is not shared anonymous memory"
+    if trouble:
+        raise Unsupported(
+            f"its rings lie in the program's own memory (IORING_SETUP_NO_MMAP), and {trouble}: not supported",
+            hint=_TURN_OFF,
+        )
 
 
 def _check_single(ring: Ring) -> None:

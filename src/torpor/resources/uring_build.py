@@ -28,6 +28,7 @@ from ..linux import io_uring
 from ..linux.io_uring import Params, Rings
 from ..proc import fdinfo, fdinfo_kinds
 from ..proc.read import read
+from . import uring_memory
 from .fown import set_flags
 from .uring import KNOWN_FLAGS, LOTS_MAX
 from .uring_requests import LINK_TIMEOUT, SUPPORTED
@@ -102,6 +103,9 @@ def check(entry: Message) -> None:
     require(len(entry.overflow) <= OVERFLOW_MAX, "overflow", f"{len(entry.overflow)} are too many")
     require(len(entry.max_workers) in (0, 2), "max_workers", "there are two of them")
     require(len(entry.alloc_range) in (0, 2), "alloc_range", "it has a start and a length")
+    require(not uring_memory.check(entry), "memory", uring_memory.check(entry))
+    bound = entry.setup & (io_uring.SQPOLL | io_uring.SINGLE_ISSUER) or any(one.length for one in entry.buffer)
+    require(not (entry.memory and (bound or entry.request)), "memory", "not of a ring of this kind")
     reaped = word(entry, "cq head")
     require(entry.cq_tail - reaped in range(entry.cq_entries + 1), "cq_tail", f"{entry.cq_tail}, with head {reaped}")
     require(taken(entry) >= 0, "request", f"{len(entry.request)} are more than the ring has taken")
@@ -149,12 +153,18 @@ def make(entry: Message, ctx: BuildContext) -> int:
     single = bool(shape.flags & io_uring.SINGLE_ISSUER)
     if single:
         shape.flags |= io_uring.R_DISABLED
-    fd = io_uring.setup(entry.sq_entries, shape)
+    memory = uring_memory.empty(entry, shape, ctx) if entry.memory else None
+    try:
+        fd = io_uring.setup(entry.sq_entries, shape)
+    except BaseException:
+        if memory is not None:
+            memory.close()
+        raise
     try:
         check_layout(entry, shape)
         set_flags(fd, entry.flags)
         if not single:
-            bring_up(fd, shape, entry)
+            bring_up(fd, shape, entry, memory)
         register(fd, entry, ctx)
         if entry.eventfd and (not single or entry.setup & io_uring.R_DISABLED):
             register_eventfd(fd, entry, ctx)
@@ -194,9 +204,11 @@ def register_eventfd(fd: int, entry: Message, ctx: BuildContext) -> None:
 # --------------------------------------------------------------------------------- counters and content
 
 
-def bring_up(fd: int, shape: Params, entry: Message) -> None:
-    """Bring a ring that we may submit to, or whose thread does so, to where it was."""
-    rings = Rings(fd, shape)
+def bring_up(fd: int, shape: Params, entry: Message, memory: Rings | None = None) -> None:
+    """Bring a ring that we may submit to, or whose thread does so, to where it was. ``memory``: its own, if we have it
+    already; it is closed.
+    """
+    rings = memory or Rings(fd, shape)
     try:
         if not shape.flags & io_uring.R_DISABLED:
             _advance(fd, rings, Target.of(entry), entry)

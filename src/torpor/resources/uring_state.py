@@ -51,6 +51,10 @@ OPTIONAL = {
     "napi": ("napi_track_mode", 1),
     "napi_enabled": ("napi_enabled", 1),  # up to v6.12
     "region": ("param_region.ptr", 8),
+    "ring_pages": ("ring_region.pages", 8),
+    "sqe_pages": ("sq_region.pages", 8),
+    "ring_pages_before": ("ring_pages", 8),  # v6.13
+    "sqe_pages_before": ("sqe_pages", 8),
 }
 #: What is asked about other structures.
 OTHERS = """
@@ -59,7 +63,7 @@ OTHERS = """
     io_uring_task.inflight.counters io_uring_task.registered_rings io_tctx_node.task io_ring_ctx.tctx_list
     io_rsrc_node.tag io_rsrc_node.file_ptr io_rsrc_node.buf io_rsrc_node{} io_mapped_ubuf.ubuf io_mapped_ubuf.len
     io_mapped_ubuf.refs io_mapped_ubuf.is_kbuf io_mapped_ubuf{} io_ev_fd.cq_ev_fd io_ev_fd.eventfd_async
-    io_sq_data.sq_cpu io_sq_data.thread io_hash_bucket{} io_uring_task{} io_ring_ctx{}
+    io_sq_data.sq_cpu io_sq_data.thread io_hash_bucket{} io_uring_task{} io_ring_ctx{} page{}
 """.split()
 REGISTERED_RINGS = 16  # IO_RINGFD_REG_MAX
 NAPI_INACTIVE = 255
@@ -101,6 +105,16 @@ class State:
     def flags(self) -> int:
         """IORING_SETUP_*"""
         return self.numbers["flags"]
+
+    @property
+    def ring_pages(self) -> int:
+        """The address of the array of the pages that the rings lie in, if the program has given them."""
+        return self.numbers["ring_pages"] or self.numbers["ring_pages_before"]
+
+    @property
+    def sqe_pages(self) -> int:
+        """The same for the submission entries."""
+        return self.numbers["sqe_pages"] or self.numbers["sqe_pages_before"]
 
 
 class Kernel:

@@ -13,6 +13,7 @@ import time
 from ...errors import Unsupported
 from ...images import schema as pb
 from ..base import FileResource, unsupported
+from . import memfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,8 +120,10 @@ def _entry(source: SourceFile, rings: Rings, ring: Ring, ctx: DumpContext) -> Me
     entry = pb.io_uring_entry(
         id=source.id, flags=source.flags, setup=state.flags, sq_entries=numbers["sq_entries"],
         cq_entries=numbers["cq_entries"], sq_head=numbers["sq_head"], cq_tail=numbers["cq_tail"],
-        offsets=ring.layout.offsets, rings=memory.ring[:].rstrip(b"\0"), sqes=memory.sqes[:].rstrip(b"\0"),
+        offsets=ring.layout.offsets, rings=bytes(memory.ring).rstrip(b"\0"), sqes=bytes(memory.sqes).rstrip(b"\0"),
     )  # fmt: skip
+    for spot in ring.spots or ():
+        entry.memory.add(id=memfd.file_id_for(ctx, spot.link, flags=os.O_RDWR), offset=spot.offset)
     waiting = entry.cq_tail - word(entry, "cq head")
     if not 0 <= waiting <= entry.cq_entries:
         raise unsupported(source, "the program has put the head of its completions where it cannot be")
