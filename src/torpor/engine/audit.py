@@ -15,7 +15,7 @@ from ..images.pages import Pages
 from ..images.store import ImageReader
 from ..model import guest_page
 from ..options import nearest
-from ..resources import base
+from ..resources import base, own_shm
 from .audit_known import (
     FIXED,
     GO,
@@ -150,7 +150,7 @@ OWN: dict[str, tuple[str, str, str, str]] = {
     ),
     "files": (
         "shared-files", STATE,
-        "memory that is mapped from files with names (those in /dev/shm among them): what one copy writes, all read",
+        "memory that is mapped from files with names: what one copy writes, all read",
         "give each copy its own with --overlay and the directory that they are in",
     ),
     "machine": (
@@ -258,7 +258,13 @@ class _Look:
         entry = self.files.get(file_id)
         if entry is None or not entry.HasField("reg") or file_id in self.removed:
             return False
+        if own_shm.is_inside(entry) and self._has_own_shm():
+            return False
         return stat.S_ISREG(entry.reg.mode) and not entry.reg.HasField("generation")
+
+    def _has_own_shm(self) -> bool:
+        named = [one for one in self.files.values() if own_shm.is_inside(one) and one.id not in self.removed]
+        return all(own_shm.is_carried(one.reg) for one in named)
 
     def _is_overlaid(self, path: str) -> bool:
         return any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.options.overlay)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..options import Options
     from ..remote.program import Program
     from ..resources.base import BuildContext
+    from .own_mounts import Needed
 
 CLONE_NEWUTS, CLONE_NEWNET = 0x4000000, 0x40000000
 HOSTNAME_BYTES_MAX = 64
@@ -87,14 +88,12 @@ class Wishes:
     """The options of one copy, applied to the snapshot for as long as it is made."""
 
     def __init__(
-        self, options: CopyOptions, snapshot: Snapshot, ctx: BuildContext, overlays: Wanted, pts: str, *, ipc: bool
+        self, options: CopyOptions, snapshot: Snapshot, ctx: BuildContext, overlays: Wanted, needed: Needed
     ) -> None:  # fmt: skip
-        """``overlays`` are those of the copy, or else of all copies; ``pts``: where it has a devpts of its own, ""
-        without one; ``ipc``: has it an IPC namespace of its own?
-        """
+        """``overlays`` are those of the copy, or else of all copies; ``needed``: what it has for itself besides."""
         self.options = options
         self.wanted = overlays
-        self.pts, self.ipc = pts, ipc
+        self.needed = needed
         self.root = snapshot.root
         self.ctx = ctx
         self.net_fd = -1
@@ -117,7 +116,7 @@ class Wishes:
             self._replace(fd, ours)
         if options.files:
             self._add_files(snapshot)
-        if self.wanted or self.pts or self.ipc:
+        if self.wanted or self.needed:
             self._make_mounts(snapshot)
         if options.cwd:
             self._move()
@@ -173,7 +172,7 @@ class Wishes:
                 f"nobody knows when the last process has ended that writes to {wanted.upper}, without a pid namespace",
                 hint="--overlay-keep",
             )
-        self.own_mounts = OwnMounts(wanted, self.pts, snapshot, self.ctx, ipc=self.ipc)
+        self.own_mounts = OwnMounts(wanted, self.needed, snapshot, self.ctx)
 
     def _inside(self, action: Callable[[], int]) -> int:
         """What ``action()`` gives where the copy's mounts are."""

@@ -24,7 +24,7 @@ from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import read
 from ..proc.tasks import children
-from ..resources import devpts, ipc_space
+from ..resources import devpts, ipc_space, own_shm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Home:
                 here.remove(_shown(mount))
             elif (mount.mountpoint, mount.fstype, mount.root) == (b"/proc", b"proc", b"/") and not own_proc:
                 own_proc = True
+            elif own_shm.is_own(mount):
+                yield from own_shm.troubles(self.init, tree)
             elif not devpts.is_own(mount) and not ipc_space.is_own(mount):  # all that is in those is the tree's
                 yield _refused(mount)
         if self.is_root:

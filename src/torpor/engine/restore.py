@@ -13,7 +13,7 @@ from .. import log
 from ..collector import Paused
 from ..errors import UsageError, doing
 from ..remote import stub
-from ..resources import cgroups_build, devpts, ipc_space, net_namespace
+from ..resources import cgroups_build, net_namespace
 from ..resources.base import BuildContext
 from . import conduct, restore_memory
 from .hooks import Hooks
@@ -150,17 +150,20 @@ class _Restore:
         self.writer = self.loaded.write_programs(self.ctx, self.memory)
 
     def _build(self) -> None:
-        own = self.options.own_pids
-        pts = devpts.folder(self.ctx) if own else ""
-        ipc = own and ipc_space.is_used(self.loaded.snapshot, self.ctx)
-        if not pts and not ipc and not self.options.overlay:
+        if not self.options.own_pids:
             self.loaded.places = True
             self.loaded.build(self.ctx)
             return
         from .overlays import Wanted
-        from .own_mounts import OwnMounts
+        from .own_mounts import Needed, OwnMounts
 
-        self.own_mounts = OwnMounts(Wanted.of(self.options), pts, self.loaded.snapshot, self.ctx, ipc=ipc)
+        wanted = Wanted.of(self.options)
+        needed = Needed(self.loaded.snapshot, self.ctx, wanted)
+        if not needed and not wanted:
+            self.loaded.places = True
+            self.loaded.build(self.ctx)
+            return
+        self.own_mounts = OwnMounts(wanted, needed, self.loaded.snapshot, self.ctx)
 
         def build() -> None:
             if self.overlays is not None:

@@ -34,7 +34,7 @@ from ..proc.read import read
 from ..remote import held, machine, stub
 from ..remote.held import CLONE_FILES, Inits
 from ..remote.program import Program
-from ..resources import MappingKinds, cgroups_build, devpts, generation, ipc_space, net_namespace, sysv_ipc
+from ..resources import MappingKinds, cgroups_build, generation, net_namespace, own_shm, sysv_ipc
 from ..resources.base import BuildContext
 from ..resources.unix_names import RENAMED
 from ..undo import Undo
@@ -43,6 +43,7 @@ from .copies import Connections, CopyOptions, Wishes, check_fresh, renumbered
 from .forebear import forebear as make_forebear
 from .loaded import Loaded
 from .overlays import OPENED, Wanted, opened_for_writing
+from .own_mounts import Needed
 from .programs import Writer
 
 TYPE_CHECKING = False
@@ -59,7 +60,9 @@ if TYPE_CHECKING:
 #: Where the builder's descriptors begin: what the caller opens meanwhile should not change their numbers.
 FIRST_FD = 512
 #: What copies may have in common of what was made for the template: (first word of a key in ctx.memo).
-LASTING = ("pages", "map", "exe", "directory", "remaps", "cgroups", "inet place", "last pid", RENAMED, OPENED)
+LASTING = (
+    "pages", "map", "exe", "directory", "remaps", "cgroups", "inet place", "last pid", RENAMED, OPENED, own_shm.MEMO,
+)  # fmt: skip
 
 
 class Copy:
@@ -169,12 +172,11 @@ class Template:
         net_namespace.refuse(self.loaded.snapshot)
         self.loaded.lend(self.ctx, FIRST_FD)
         self.loaded.register_files(self.ctx)
-        self.pts = devpts.folder(self.ctx)
         snapshot = self.loaded.snapshot
+        self.needed = Needed(snapshot, self.ctx, self.overlays)
         if snapshot.root.zombie:
             raise Unsupported("the root of the snapshot has ended: there is nothing to copy")
         cgroups_build.prepare(snapshot, self.ctx)
-        self.ipc = ipc_space.is_used(snapshot, self.ctx)
         #: (resource, entry) of mappings that each copy has for itself
         self.own_mappings = restore_memory.prepare(snapshot, self.ctx, inheritable=True)
         self.loaded.build_directories(self.ctx)
@@ -319,12 +321,11 @@ class _Copying:
         ctx.kept = list(lasting.kept)
         ctx.memo = dict(template.lasting)
         overlays = options.overlays if options is not None and options.overlays else template.overlays
-        if options is None and (overlays or template.pts or template.ipc):
+        if options is None and (overlays or template.needed):
             options = CopyOptions()
         self.wishes = (
-            Wishes(options, self.snapshot, ctx, overlays, template.pts, ipc=template.ipc)
-            if options is not None else None
-        )  # fmt: skip
+            Wishes(options, self.snapshot, ctx, overlays, template.needed) if options is not None else None
+        )
         self.forebear, self.shelf = template.forebear, template.shelf
         #: Is the root the init of its pid namespace?
         self.as_init = self.snapshot.root.own_pid == INIT_PID
@@ -362,11 +363,11 @@ class _Copying:
 
     def _build(self, mappings: list[tuple[Any, Message]]) -> None:
         self.template.loaded.build_files(self.ctx)
-        if self.template.ipc:
+        if self.template.needed.ipc:
             sysv_ipc.prepare(self.ctx)
         for kind, entry in mappings:
             kind.prepare(entry, self.ctx)
-        if self.template.ipc:
+        if self.template.needed.ipc:
             sysv_ipc.prepare_rest(self.ctx)
         generation.announce(self.snapshot, self.ctx)
 

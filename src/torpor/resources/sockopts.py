@@ -31,7 +31,7 @@ SO_REUSEADDR, SO_DONTROUTE, SO_BROADCAST, SO_SNDBUF, SO_RCVBUF, SO_KEEPALIVE = 2
 SO_OOBINLINE, SO_NO_CHECK, SO_PRIORITY, SO_LINGER, SO_REUSEPORT, SO_PASSCRED = 10, 11, 12, 13, 15, 16
 SO_RCVLOWAT, SO_RCVTIMEO, SO_SNDTIMEO, SO_BINDTODEVICE, SO_ATTACH_FILTER = 18, 20, 21, 25, 26
 SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_PASSSEC, SO_MARK, SO_BUF_LOCK = 32, 33, 34, 36, 72
-SO_PEEK_OFF, SO_LOCK_FILTER, SO_INCOMING_CPU = 42, 44, 49
+SO_PEEK_OFF, SO_LOCK_FILTER, SO_INCOMING_CPU, SO_RESERVE_MEM = 42, 44, 49, 73
 
 AF_UNIX, AF_NETLINK = 1, 16
 IFNAMSIZ = 16
@@ -55,10 +55,10 @@ _ANY_CPU = b"\xff\xff\xff\xff"
 _UNSET_IF_ZERO = ("so_mark",)  # needs CAP_NET_ADMIN to be set
 #: Further ones: SO_DEBUG, SO_TIMESTAMP and TIMESTAMPNS (both forms), TIMESTAMPING (both), RXQ_OVFL,
 #: WIFI_STATUS, NOFCS, SELECT_ERR_QUEUE, BUSY_POLL, MAX_PACING_RATE, ZEROCOPY, TXTIME, PREFER_BUSY_POLL,
-#: BUSY_POLL_BUDGET, TXREHASH, RCVMARK, PASSPIDFD, RCVPRIORITY, PASSRIGHTS. Option → bytes.
+#: BUSY_POLL_BUDGET, RESERVE_MEM, TXREHASH, RCVMARK, PASSPIDFD, RCVPRIORITY, PASSRIGHTS. Option → bytes.
 _MORE = {
     1: 4, 29: 4, 35: 4, 63: 4, 64: 4, 37: 8, 65: 8, 40: 4, 41: 4, 43: 4, 45: 4, 46: 4, 47: 8, 60: 4,
-    61: 8, 69: 4, 70: 4, 74: 4, 75: 4, 76: 4, 82: 4, 83: 4,
+    61: 8, 69: 4, 70: 4, 73: 4, 74: 4, 75: 4, 76: 4, 82: 4, 83: 4,
 }  # fmt: skip
 #: Kernels without an option, and families that have none such, say so with these.
 _UNKNOWN = (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL)
@@ -185,7 +185,18 @@ def restore(fd: int, entry: Message) -> None:
             if size and get(SOL_SOCKET, option) != size:
                 put(SOL_SOCKET, force, size // 2)  # the kernel doubles it
         for one in changes(fd, entry):
-            put(*one)
+            try:
+                put(*one)
+            except OSError as error:
+                if not is_no_loss(one[1], error):
+                    raise
+
+
+def is_no_loss(option: int, error: OSError) -> bool:
+    """Is it memory that cannot be set aside (SO_RESERVE_MEM) where the maker of the socket is in no control group of
+    memory? The program gets it all the same.
+    """
+    return option == SO_RESERVE_MEM and error.errno == errno.EOPNOTSUPP
 
 
 def changes(fd: int, entry: Message) -> list[Put]:

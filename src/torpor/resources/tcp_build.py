@@ -362,7 +362,12 @@ def _release(connections: Sequence[Connection], explain: Callable[[Connection, K
     _restore_options(connections, steps)
     changed = [one for one in connections if one.entry.flags & SETTABLE or one.calls]
     steps.call("fcntl", changed, F_SETFL, [one.entry.flags & SETTABLE for one in changed])
-    steps.run()
+    steps.run(lambda _, block, error: block.columns[1:2] == (sockets.SOL_SOCKET,) and _no_loss(block, error))
+
+
+def _no_loss(block: Block, error: KernelError) -> bool:
+    option = block.columns[2]
+    return isinstance(option, int) and sockopts.is_no_loss(option, error)
 
 
 def _call_again(one: Connection) -> None:

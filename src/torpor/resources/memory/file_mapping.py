@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ...proc import maps
-from .. import generation
+from .. import generation, own_shm
 from ..base import (
     MAP_FIXED,
     MAP_SHARED,
@@ -57,8 +57,10 @@ class FileMapping(MappingResource):
         entry.shmid = ctx.memo[key]
 
     def inheritable(self, entry: Message, ctx: BuildContext) -> bool:
-        # A file without a name is made for each copy, and so is what stands in for a generation file.
-        return remap_of(ctx, entry.shmid) is None and not generation.is_renewed(ctx, entry.shmid)
+        # A file without a name is made for each copy, and so is what stands in for a generation file, and what lies in
+        # a /dev/shm of its own.
+        own = generation.is_renewed(ctx, entry.shmid) or own_shm.has(ctx, entry.shmid)
+        return remap_of(ctx, entry.shmid) is None and not own
 
     def prepare(self, entry: Message, ctx: BuildContext) -> None:
         flags = entry.fdflags if entry.HasField("fdflags") else os.O_RDONLY
