@@ -19,8 +19,9 @@ from kit import Library, Target, Targets
 from kit.host import descendants, reap, wait_until
 from kit.network import own_network
 from torpor.errors import TorporError, Unsupported
+from torpor.images import schema as pb
 from torpor.linux import inet_diag
-from torpor.resources import inet_place, network_lock, tcp
+from torpor.resources import inet_place, network_lock, tcp, tcp_build
 
 HEAD = """
 import os, struct, sys, time
@@ -852,3 +853,27 @@ def test_a_segment_of_ours_is_taken_for_the_peer_s(family: int, host: str) -> No
 def test_the_lock_is_called_as_criu_calls_it() -> None:
     # A buffer of 32 in criu/netfilter.c: what CRIU has set is found only by the name that went in.
     assert network_lock.table("a6fc569d-a6f8-4410-903a-4989a2340ee9") == "inet CRIU-a6fc569d-a6f8-4410-90"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (900, 5000, 6000, 2000, 1000)),
+        ({"snd_wl1": 1000 + 2000}, (3000, 5000, 6000, 2000, 1000)),
+        ({"snd_wl1": 1000 + 2001}, (1000, 5000, 6000, 2000, 1000)),
+        ({"snd_wl1": 0xFFFFFF00}, (0xFFFFFF00, 5000, 6000, 2000, 1000)),
+        ({"max_window": 100}, (900, 5000, 5000, 2000, 1000)),
+    ],
+    ids=["as it was", "at the end", "a segment that was dropped", "before zero", "a window larger than any"],
+)
+def test_the_kernel_takes_the_windows_of_a_connection(fields: dict[str, int], expected: tuple[int, ...]) -> None:
+    """A receiver that runs out of memory drops what it has made room for, and heeds what it says about windows."""
+    stream = pb.tcp_stream_entry(
+        inq_len=0, inq_seq=1000, outq_len=0, outq_seq=7, opt_mask=0, snd_wscale=0, unsq_len=0, snd_wl1=900,
+        snd_wnd=5000, max_window=6000, rcv_wnd=2000, rcv_wup=1000, mss_clamp=1460,
+    )  # fmt: skip
+    for name, value in fields.items():
+        setattr(stream, name, value)
+    entry = pb.inet_sk_entry(state=1, family=2)
+    one = tcp_build.Connection(-1, entry, bytes(16), bytes(16), stream, b"", b"")
+    assert struct.pack("=5I", *expected) in one.values

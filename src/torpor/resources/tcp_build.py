@@ -145,12 +145,15 @@ class Connection:
         return agreed + struct.pack("=II", _MSS, stream.mss_clamp)
 
     def _window(self) -> bytes:
+        """struct tcp_repair_window. What the kernel would refuse is made the next to it that it takes."""
         stream, came = self.stream, self.entry.state in tcp.FIN_CAME
         # A FIN took one; rcv_wup must not be ahead of what was received.
-        return struct.pack(
-            "=5I", stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd + came & 0xFFFFFFFF,
-            stream.rcv_wup - came & 0xFFFFFFFF,
-        )  # fmt: skip
+        opened, told = stream.rcv_wnd + came & 0xFFFFFFFF, stream.rcv_wup - came & 0xFFFFFFFF
+        # The segment that has told of the peer's window last may have been beyond ours, and dropped for want of memory.
+        last = stream.snd_wl1
+        if _is_after(last, self.received + opened):
+            last = self.received & 0xFFFFFFFF
+        return struct.pack("=5I", last, stream.snd_wnd, max(stream.max_window, stream.snd_wnd), opened, told)
 
     def fill(self) -> None:
         """Put into its queues what was in them."""
@@ -265,8 +268,11 @@ class Steps:
 
         def failed(block: Block, row: int, error: KernelError) -> None:
             one = self._rows[block.start][row]
-            if tolerates is None or not tolerates(one, block, error):
-                raise self._explain(one, error) from None
+            if tolerates is not None and tolerates(one, block, error):
+                return
+            if block.name == "setsockopt" and error.errno is not None:
+                error = KernelError(f"socket option {block.columns[1]}:{block.columns[2]}", error.errno)
+            raise self._explain(one, error) from None
 
         try:
             self._many.run(failed)
@@ -430,6 +436,11 @@ def _hold_back(connections: Sequence[Connection], steps: Steps) -> None:
         program.raw = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
         _filter.extend((program, struct.pack("@HP", len(code), address_of(program))))
     steps.put_groups([(connections, [(sockets.SOL_SOCKET, sockopts.SO_ATTACH_FILTER, _filter[1])])])
+
+
+def _is_after(one: int, other: int) -> bool:
+    """Is one sequence number after the other? (include/net/tcp.h, after())"""
+    return 0 < one - other & 0xFFFFFFFF < 1 << 31
 
 
 def _write(fd: int, data: bytes) -> None:
