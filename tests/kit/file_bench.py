@@ -12,7 +12,7 @@ import struct
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from torpor.images import schema as pb
 from torpor.images.store import ImageReader, ImageWriter
@@ -48,11 +48,16 @@ def source(fd: int, number: int = 0) -> OwnFile:
 
 
 class Bench:
-    """A dump of some of our own files, then their restore. A context manager that closes all."""
+    """A dump of some of our own files, then their restore. A context manager that closes all; where a child ends
+    without that (:func:`in_child`) the folders are removed at least.
+    """
+
+    folders: ClassVar[list[tuple[int, tempfile.TemporaryDirectory[str]]]] = []
 
     def __init__(self, **options: object) -> None:
         self.options = Options(**options)
         self.folder = tempfile.TemporaryDirectory(prefix="bench-", dir="/dev/shm")
+        self.folders.append((os.getpid(), self.folder))
         self.dir_fd = os.open(self.folder.name, os.O_RDONLY | os.O_DIRECTORY)
         self.writer = ImageWriter(self.dir_fd)
         self.dumping = DumpContext(self.options, self.writer)
@@ -70,6 +75,13 @@ class Bench:
                 os.close(fd)
         os.close(self.dir_fd)
         self.folder.cleanup()
+
+    @classmethod
+    def clean(cls) -> None:
+        """Remove the folders that this process has made."""
+        for pid, folder in cls.folders:
+            if pid == os.getpid():
+                folder.cleanup()
 
     def check(self, fd: int) -> None:
         one = source(fd)
@@ -150,11 +162,13 @@ def in_child(work: Callable[[], object]) -> None:
     if pid == 0:
         try:
             work()
+            Bench.clean()
             os._exit(0)
         except BaseException as error:
             import traceback
 
             os.write(write_end, "".join(traceback.format_exception(error)).encode()[-60000:])
+            Bench.clean()
             os._exit(1)
     os.close(write_end)
     text = b""

@@ -254,9 +254,9 @@ def test_a_killed_dump_loses_nothing() -> None:
     master, slave = pair()
     typed(master, b"line\npar")
     assert ready(slave)
+    bench = Bench(leave_running=True)  # the child's; its folder is ours
     pid = os.fork()
     if pid == 0:
-        bench = Bench(leave_running=True)
         for fd in (master, slave):
             bench.dump(fd)
         tty.finish(bench.dumping)
