@@ -81,29 +81,37 @@ def cold() -> None:
 
 
 def snapshot(folder: str, source: str, *args: str, plain: bool) -> None:
-    targets = Targets(tempfile.mkdtemp(prefix="clones-"))
+    """Dump a program into ``folder``, beside which it has its files."""
+    targets = Targets(tempfile.mkdtemp(prefix="program-", dir=os.path.dirname(folder)))
     target = targets.python(source, *args)
     torpor.dump(target.pid, folder, share_pages=not plain)
     target.wait_gone()
 
 
-def of_a_tree(few: int, criu: str, end: Callable[[], None]) -> list[str]:
+def of_a_tree(few: int, criu: str, place: str, end: Callable[[], None]) -> list[str]:
     """Rows of a table for a program with workers."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as plain:
-        snapshot(folder, programs.WORKERS, "4", "8", plain=False)
-        with torpor.template(folder) as template:
-            lines = [row("copy of a tree", *measure(5 * few, lambda: template.clone().pid))]
+    folder, plain = new_folder(place, "tree"), new_folder(place, "tree for CRIU")
+    snapshot(folder, programs.WORKERS, "4", "8", plain=False)
+    with torpor.template(folder) as template:
+        lines = [row("copy of a tree", *measure(5 * few, lambda: template.clone().pid))]
+    end()
+    for _ in range(2):  # the first time a virtual machine's host may have to find the memory
+        restored = measure(few, lambda: torpor.restore(folder, own_pids=True).pid)
+        again = row("restore --own-pids of a tree", *restored)
         end()
-        for _ in range(2):  # the first time a virtual machine's host may have to find the memory
-            restored = measure(few, lambda: torpor.restore(folder, own_pids=True).pid)
-            again = row("restore --own-pids of a tree", *restored)
-            end()
-        lines.append(again)
-        if criu:
-            snapshot(plain, programs.WORKERS, "4", "8", plain=True)
-            lines.append(row("CRIU, a tree", *measure(few, by_criu(criu, plain))))
-            end()
+    lines.append(again)
+    if criu:
+        snapshot(plain, programs.WORKERS, "4", "8", plain=True)
+        lines.append(row("CRIU, a tree", *measure(few, by_criu(criu, plain))))
+        end()
     return lines
+
+
+def new_folder(place: str, name: str) -> str:
+    """A directory for images."""
+    path = os.path.join(place, name)
+    os.mkdir(path)
+    return path
 
 
 def main() -> None:
@@ -116,7 +124,8 @@ def main() -> None:
     keep = set(descendants(os.getpid()))
     lines = ["| | copies | median, ms | 99 %, ms | PSS, KiB |", "|---|---|---|---|---|"]
     shapes = {}
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory(prefix="clones-", dir="/dev/shm") as place:
+        folder = new_folder(place, "program")
         try:
             snapshot(folder, programs.PYTHON.partition("wait_told")[0] + "time.sleep(10**6)\n", plain=True)
             for name, wishes in (("copy of a template", {}), ("the same, with a fresh pid", {"fresh_pid": True})):
@@ -132,7 +141,7 @@ def main() -> None:
                 lines.append(row("CRIU, in a pid namespace", *measure(args.few, by_criu(args.criu, folder))))
                 end_descendants(keep, timeout=60)
             lines.append(row("cold start", *measure(args.few, cold)))
-            lines += of_a_tree(args.few, args.criu, lambda: end_descendants(keep, timeout=60))
+            lines += of_a_tree(args.few, args.criu, place, lambda: end_descendants(keep, timeout=60))
         finally:
             end_descendants(keep, timeout=60)
     print("\n".join(lines))

@@ -178,6 +178,7 @@ def test_a_pool_of_processes_at_work(start: Targets, sleeps: Sleeps, method: str
     target = start.python(f"PROGRAM = {POOL!r}\n{AS_MODULE}", method)
     sleeps(target)
     target.go(timeout=40)
+    target.wait_gone()  # it removes its semaphores then
 
 
 FUTURES = """
@@ -205,6 +206,7 @@ def test_futures_in_processes_and_threads(start: Targets, sleeps: Sleeps) -> Non
     target = start.python(f"PROGRAM = {FUTURES!r}\n{AS_MODULE}")
     sleeps(target)
     target.go(timeout=40)
+    target.wait_gone()
 
 
 SQLITE = """
