@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -15,7 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit import Library, Target, Targets
+import torpor
+from kit import Library, Target, Targets, diff, host_state
+from kit.faults import for_every_call
 from kit.host import descendants, reap, wait_until
 from kit.network import own_network
 from torpor.errors import TorporError, Unsupported
@@ -392,6 +396,70 @@ for client, server in pairs:
     same("data", got == block, True)
 """,
     ).whole(**ESTABLISHED)
+
+
+@pytest.mark.timeout(180)
+def test_every_call_of_putting_connections_up_fails_once(
+    start: Targets, images: str, trip: Callable[[str, str], Trip]
+) -> None:
+    """In every state, with and without data: no socket is left, no peer hears of an end, and the next try finds
+    everything as it was.
+    """
+    made = trip(
+        """
+server = socket(AF_INET, SOCK_STREAM); server.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+server.bind(("127.0.0.1", 0)); server.listen(9)
+def pair():
+    client = create_connection(server.getsockname()); return client, server.accept()[0]
+idle, full, cut, both = pair(), pair(), pair(), pair()
+idle[0].setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1); full[0].send(b"unread"); cut[0].send(b"last"); cut[0].shutdown(SHUT_WR)
+both[0].shutdown(SHUT_RDWR); both[1].shutdown(SHUT_RDWR)
+time.sleep(.2)
+""",
+        """
+same("unread", full[1].recv(9), b"unread"); same("last", drain(cut[1]), b"last"); idle[0].send(b"hello")
+same("hello", idle[1].recv(9), b"hello")
+""",
+    )
+    made.dump(**ESTABLISHED)
+
+    def shown() -> list[str]:
+        return subprocess.run(["ss", "-Hant"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+    before, sockets_before = host_state(images), shown()
+    failed = 0
+    for fault, error in for_every_call(lambda: torpor.restore(images, tcp_established=True), number=errno.ENOBUFS):
+        if error is None:  # it was tolerated, and the program runs
+            made.dump(**ESTABLISHED)
+            before, sockets_before = host_state(images), shown()
+            continue
+        assert isinstance(error, TorporError), (fault.hit, error)
+        assert diff(before, host_state(images)) == [], fault.hit
+        assert shown() == sockets_before, fault.hit
+        failed += 1
+    assert failed > 200
+    made.target.go()
+
+
+def test_a_port_where_ended_connections_wait(trip: Callable[[str, str], Trip]) -> None:
+    """What nobody can help but by waiting is called by its name."""
+    made = trip(
+        """
+server = socket(AF_INET, SOCK_STREAM); server.bind(("127.0.0.1", 6011)); server.listen(9)
+client = create_connection(server.getsockname()); end = server.accept()[0]
+""",
+        "",
+    )
+    made.dump(**ESTABLISHED)
+    made.restore(**ESTABLISHED)
+    with socket.create_connection(("127.0.0.1", 6011)):
+        os.kill(made.target.pid, signal.SIGKILL)
+        made.target.wait_gone()
+    wait_until("all have ended", lambda: "6011" not in subprocess.run(
+        ["ss", "-Htan", "state", "connected", "exclude", "time-wait"], capture_output=True, text=True, check=True
+    ).stdout)  # fmt: skip
+    with pytest.raises(Unsupported, match=r"127.0.0.1:6011 is not free yet: .* \(TIME_WAIT\)"):
+        made.restore(**ESTABLISHED)
 
 
 # ---------------------------------------------------------------------- connections to the outside

@@ -244,6 +244,8 @@ class _Maker:
             if fd is not None:  # else nobody holds it
                 one.fd = fd
                 held.append(one)
+        # Their peers must not hear of an end if this comes to nothing.
+        self.ctx.on_failure.add("connections that were let go", lambda: tcp_build.take_back(held))
         tcp_build.release(held, _explain)
         for one in held:
             if one.entry.state == ESTABLISHED and one.entry.shutdown == pb.sk_shutdown.READ:
@@ -432,6 +434,13 @@ def _excludes(entry: Message, other: inet_diag.InetSocket) -> bool:
 
 
 def _taken(name: bytes) -> Unsupported:
+    port = tcp.address_of_sockaddr(name)[1]
+    states = {one.state for one in inet_diag.sockets(IPPROTO_TCP, states=inet_diag.ALL_STATES, ports={port})}
+    if states == {inet_diag.TIME_WAIT}:
+        return Unsupported(
+            f"{tcp.shown(name)} is not free yet: connections that have ended wait there (TIME_WAIT)",
+            hint="try again in a minute, or restore into a network namespace; SO_REUSEADDR saves a server from that",
+        )
     return Unsupported(
         f"{tcp.shown(name)} is in use by another process", hint="end it; `ss -anp` shows who it is"
     )
