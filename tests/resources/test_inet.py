@@ -398,49 +398,6 @@ for client, server in pairs:
     ).whole(**ESTABLISHED)
 
 
-@pytest.mark.timeout(180)
-def test_every_call_of_putting_connections_up_fails_once(
-    start: Targets, images: str, trip: Callable[[str, str], Trip]
-) -> None:
-    """In every state, with and without data: no socket is left, no peer hears of an end, and the next try finds
-    everything as it was.
-    """
-    made = trip(
-        """
-server = socket(AF_INET, SOCK_STREAM); server.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-server.bind(("127.0.0.1", 0)); server.listen(9)
-def pair():
-    client = create_connection(server.getsockname()); return client, server.accept()[0]
-idle, full, cut, both = pair(), pair(), pair(), pair()
-idle[0].setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1); full[0].send(b"unread"); cut[0].send(b"last"); cut[0].shutdown(SHUT_WR)
-both[0].shutdown(SHUT_RDWR); both[1].shutdown(SHUT_RDWR)
-time.sleep(.2)
-""",
-        """
-same("unread", full[1].recv(9), b"unread"); same("last", drain(cut[1]), b"last"); idle[0].send(b"hello")
-same("hello", idle[1].recv(9), b"hello")
-""",
-    )
-    made.dump(**ESTABLISHED)
-
-    def shown() -> list[str]:
-        return subprocess.run(["ss", "-Hant"], capture_output=True, text=True, check=True).stdout.splitlines()
-
-    before, sockets_before = host_state(images), shown()
-    failed = 0
-    for fault, error in for_every_call(lambda: torpor.restore(images, tcp_established=True), number=errno.ENOBUFS):
-        if error is None:  # it was tolerated, and the program runs
-            made.dump(**ESTABLISHED)
-            before, sockets_before = host_state(images), shown()
-            continue
-        assert isinstance(error, TorporError), (fault.hit, error)
-        assert diff(before, host_state(images)) == [], fault.hit
-        assert shown() == sockets_before, fault.hit
-        failed += 1
-    assert failed > 200
-    made.target.go()
-
-
 def test_a_port_where_ended_connections_wait(trip: Callable[[str, str], Trip]) -> None:
     """What nobody can help but by waiting is called by its name."""
     made = trip(
@@ -945,3 +902,56 @@ def test_the_kernel_takes_the_windows_of_a_connection(fields: dict[str, int], ex
     entry = pb.inet_sk_entry(state=1, family=2)
     one = tcp_build.Connection(-1, entry, bytes(16), bytes(16), stream, b"", b"")
     assert struct.pack("=5I", *expected) in one.values
+
+
+@pytest.mark.timeout(180)
+def test_every_call_of_putting_connections_up_fails_once(
+    start: Targets, images: str, trip: Callable[[str, str], Trip]
+) -> None:
+    """In every state, with and without data: no socket is left, no peer hears of an end, and the next try finds
+    everything as it was.
+    """
+    away = listener()
+    made = trip(
+        outside(away, "out = s")
+        + """
+server = socket(AF_INET, SOCK_STREAM); server.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+server.bind(("127.0.0.1", 0)); server.listen(9)
+def pair():
+    client = create_connection(server.getsockname()); return client, server.accept()[0]
+idle, full, cut, both = pair(), pair(), pair(), pair()
+idle[0].setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1); full[0].send(b"unread"); cut[0].send(b"last"); cut[0].shutdown(SHUT_WR)
+both[0].shutdown(SHUT_RDWR); both[1].shutdown(SHUT_RDWR)
+time.sleep(.2)
+""",
+        """
+same("unread", full[1].recv(9), b"unread"); same("last", drain(cut[1]), b"last"); idle[0].send(b"hello")
+same("hello", idle[1].recv(9), b"hello")
+same("from outside", out.recv(99), b"still there?"); out.send(b"yes")
+""",
+    )
+    peer, _ = away.accept()
+    made.dump(**ESTABLISHED)
+    peer.send(b"still there?")
+
+    def shown() -> list[str]:
+        found = subprocess.run(["ss", "-Hant"], capture_output=True, text=True, check=True).stdout.splitlines()
+        return [*sorted(found), *tables()]
+
+    before, sockets_before = host_state(images), shown()
+    failed = 0
+    for fault, error in for_every_call(lambda: torpor.restore(images, tcp_established=True), number=errno.ENOBUFS):
+        if error is None:  # it was tolerated, and the program runs
+            made.dump(**ESTABLISHED)
+            before, sockets_before = host_state(images), shown()
+            continue
+        assert isinstance(error, TorporError), (fault.hit, error)
+        assert diff(before, host_state(images)) == [], fault.hit
+        assert shown() == sockets_before, fault.hit
+        failed += 1
+    assert failed > 200
+    made.target.go()
+    peer.settimeout(5)
+    assert peer.recv(9) == b"yes" and not tables()
+    peer.close()
+    away.close()

@@ -41,14 +41,22 @@ class Lock:
         self.quads = quads
         self.whole = whole
 
-    def lift(self) -> None:
-        """Let the packets through again. Raises TorporError when that fails."""
+    def set_again(self) -> None:
+        """Hold the packets of the connections back once more, after lift(). Raises TorporError."""
         if self.method == NFTABLES:
-            _nft(f"delete table {table(self.run_id)}\n", missing_ok=True)
-        elif self.method == IPTABLES and self.whole:
+            _nft(_script(table(self.run_id), self.quads))
+        elif self.method == IPTABLES:
+            _iptables("-I", self.quads)
+
+    def lift(self) -> bool:
+        """Let the packets through again. Was it there? Raises TorporError when that fails."""
+        if self.method == NFTABLES:
+            return _nft(f"delete table {table(self.run_id)}\n", missing_ok=True)
+        if self.method == IPTABLES and self.whole:
             _unchain()
         elif self.method == IPTABLES:
             _iptables("-D", self.quads)
+        return self.method == IPTABLES
 
 
 def lock(quads: Sequence[Quad], wanted: str, *, before: Callable[[Lock], object] = lambda _: None) -> Lock:
@@ -166,7 +174,8 @@ def run_program(command: list[str], given: bytes = b"") -> tuple[int, bytes, str
     return done.returncode, done.stdout, said.splitlines()[0] if said else ""
 
 
-def _nft(script: str, *, missing_ok: bool = False) -> None:
+def _nft(script: str, *, missing_ok: bool = False) -> bool:
+    """Have nft(8) do something: is it done? If not, what was to be removed is not there."""
     program = find_program("nft")
     if program is None:
         raise Unsupported(
@@ -174,7 +183,7 @@ def _nft(script: str, *, missing_ok: bool = False) -> None:
         )
     code, _, said = run_program([program, "-f", "-"], script.encode())
     if not code or (missing_ok and "No such file or directory" in said):
-        return
+        return not code
     raise TorporError(f"nft: {said or f'exit status {code}'}")
 
 
@@ -204,7 +213,9 @@ def _iptables_restore(rules: list[str], *, quiet: bool = False) -> None:
             raise TorporError(f"{name}: {said or f'exit status {code}'}")
 
 
-def _iptables(action: str, quads: Iterable[Quad], *, quiet: bool = False) -> None:
+def _iptables(action: str, quads: Iterable[Quad], *, quiet: bool = False) -> int:
+    """Add or remove the rules of connections: how many it did."""
+    done = 0
     for quad in quads:
         here, port, there, peer = quad
         four = unmapped(here), unmapped(there)
@@ -218,18 +229,25 @@ def _iptables(action: str, quads: Iterable[Quad], *, quiet: bool = False) -> Non
             code, _, said = run_program([program, "-w", "-t", "filter", action, chain, *rule])
             if code and not quiet:
                 raise TorporError(f"{program} {action} {chain}: {said}")
+            done += not code
+    return done
 
 
-def lift(inventory_method: int, run_id: str, quads: Sequence[Quad] = (), *, whole: bool = False) -> None:
-    """Lift the lock that a dump has left behind, ours or CRIU's, as its inventory tells."""
+def lift(inventory_method: int, run_id: str, quads: Sequence[Quad] = (), *, whole: bool = False) -> Lock | None:
+    """Lift the lock that a dump has left behind, ours or CRIU's, as its inventory tells. Returns the lock of
+    connections that was there, if one was.
+    """
+    found = Lock(inventory_method, run_id, quads)
     if inventory_method == NFTABLES and run_id:
-        Lock(NFTABLES, run_id, quads).lift()
-    elif inventory_method == IPTABLES and whole and _has("iptables-restore"):
+        return found if found.lift() and not whole else None
+    if inventory_method == IPTABLES and whole and _has("iptables-restore"):
         _unchain(quiet=True)
     elif inventory_method == IPTABLES and quads and _has("iptables"):
         # CRIU's own; it need not be there, for the machine may have been started anew.
-        _iptables("-D", quads, quiet=True)
-        log.debug(f"lifted the rules of iptables for {len(quads)} connections")
+        lifted = _iptables("-D", quads, quiet=True)
+        log.debug(f"lifted {lifted} rules of iptables for {len(quads)} connections")
+        return found if lifted else None
+    return None
 
 
 def program_works(program: str, *arguments: str) -> bool:

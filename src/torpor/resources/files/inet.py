@@ -233,7 +233,9 @@ class _Maker:
         from ..network_lock import lift
 
         try:
-            lift(self.inventory.network_lock_method, self.inventory.dump_criu_run_id, self.locked)
+            lock = lift(self.inventory.network_lock_method, self.inventory.dump_criu_run_id, self.locked)
+            if lock is not None:
+                self.ctx.on_failure.add("network lock", lock.set_again)
         except TorporError as error:
             if self.connections:
                 raise
