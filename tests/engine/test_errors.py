@@ -33,6 +33,7 @@ from kit.files import slurp, slurp_text
 from kit.host import stat_fields
 from kit.images import changed
 from kit.verbs import SOURCES
+from torpor.engine import precopy
 from torpor.remote import stub
 
 VMA_VVAR = 0x1000
@@ -292,22 +293,63 @@ def test_a_folder_with_an_older_snapshot(start: Targets, images: str) -> None:
         first.go()
 
 
-def test_a_full_disk(start: Targets) -> None:
-    target = start.c(
-        "int main(void) { char *p = malloc(8 << 20); fill(p, 8 << 20, 1); ready();"
-        ' wait_told("go"); CHECK(filled(p, 8 << 20, 1)); pass(); }'
-    )
+MUCH = """
+int main(void)
+{
+	size_t size = 3 << 20;
+	char *private = malloc(size), *deleted = malloc(size), *held = malloc(size);
+	int file = open(kit_path("deleted"), O_RDWR | O_CREAT, 0600), memory = memfd_create("memory", 0);
+	pid_t child;
+
+	fill(private, size, 1);
+	fill(deleted, size, 2);
+	fill(held, size, 3);
+	CHECK_EQ(write(file, deleted, size), size);
+	CHECK_EQ(write(memory, held, size), size);
+	CHECK_EQ(unlink(kit_path("deleted")), 0);
+	child = fork();
+	if (!child) {
+		fill(private, size / 2, 4);
+		tell("child", "");
+		wait_told("go");
+		_exit(!filled(private, size / 2, 4));
+	}
+	wait_told("child");
+	ready();
+	wait_told("go");
+	CHECK_EQ(waitpid(child, &memory, 0), child);
+	CHECK_EQ(memory, 0);
+	CHECK(filled(private, size, 1) && pread(file, held, size, 0) == (ssize_t)size && filled(held, size, 2));
+	pass();
+}
+"""
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_full_disk(start: Targets, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    """Wherever in the dump of whatever kind of content the room is at an end."""
+    for name in ("TREE_BYTES_MIN", "TASK_BYTES_MIN"):
+        monkeypatch.setattr(precopy, name, 1)
+    target = start.c(MUCH)
     small = target.path("small")
     os.mkdir(small)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", small], check=True)
-    try:
-        before = observe_settled(target.pid)
-        with pytest.raises(torpor.TorporError, match=r"No space left|ENOSPC"):
-            torpor.dump(target.pid, small)
-        assert os.listdir(small) == []
+    before = observe_settled(target.pid)
+    places = set()
+    for kib in range(4, 64 << 10, 780):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "none", small], check=True)
+        try:
+            torpor.dump(target.pid, small, leave_running=True, precopy=early, ghost_limit=4 << 20)
+            break
+        except torpor.KernelError as error:
+            assert error.errno == errno.ENOSPC and error.hint == "the file system of the images directory is full"
+            assert os.listdir(small) == []
+            places.add(error.call)
+        finally:
+            subprocess.run(["umount", small], check=True)
         assert_same(before, observe_tree(target.pid), ("*/namespaces/*",))
-    finally:
-        subprocess.run(["umount", small], check=True)
+    else:
+        pytest.fail("64 MiB are not enough")
+    assert {"write `pages-1.img`", "write `ghost-file-1.img`"} <= places
     target.go()
 
 

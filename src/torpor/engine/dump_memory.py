@@ -21,7 +21,7 @@ from ..resources.files import regular
 from . import alike
 from .sharing import OWN_PAGES_MAX, Sharing, read_entries
 from .spans import common, joined
-from .transfer import Buffer, has_alone, reserve, write_all
+from .transfer import Buffer, has_alone, reserve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -220,9 +220,9 @@ class MemoryDumper:
                 early.add(view)
             return
         fd = self.ctx.images.raw(image)
-        reserve(fd, os.fstat(fd).st_size, sum(end - start for start, end in runs))
+        reserve(fd, os.fstat(fd).st_size, sum(end - start for start, end in runs), f"{image}.img")
         for _, view in self._read(task, runs):
-            write_all(fd, view)
+            self.ctx.images.write(image, view)
 
     def _read(
         self, task: SourceTask, runs: list[tuple[int, int]]
@@ -295,7 +295,7 @@ class MemoryDumper:
                     changes += self._compare_pages(task.pid, model, start, content, chunks)
         changes.sort()
         if chunks:
-            write_all(self.ctx.images.raw(image), memoryview(b"".join(chunks)))
+            self.ctx.images.write(image, b"".join(chunks))
         total = sum(end - start for start, end in runs) // PAGE
         pages.add_framed(model.pagemap(changes), present=len(chunks), elsewhere=total - len(chunks))
         self.pages += len(chunks)
@@ -338,7 +338,7 @@ class MemoryDumper:
                     if not owner:
                         chunks.append(content)
         if chunks:
-            write_all(self.ctx.images.raw(image), memoryview(b"".join(chunks)))
+            self.ctx.images.write(image, b"".join(chunks))
         return found, b"".join(whole)
 
     def finish(self) -> None:

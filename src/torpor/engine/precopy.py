@@ -18,6 +18,8 @@ from bisect import bisect_right
 
 from .. import log
 from ..errors import TaskGone, doing
+from ..images.source import refused
+from ..images.store import write_all
 from ..linux import kernel
 from ..model.source import Mapping
 from ..proc import maps as proc_maps
@@ -26,7 +28,7 @@ from ..remote.tracee import Seized
 from . import collect, tracking
 from .restart import Restarts
 from .spans import common, minus
-from .transfer import Buffer, has_alone, reserve, write_all
+from .transfer import Buffer, has_alone, reserve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -154,11 +156,11 @@ class Copy:
         """Copy what there is, while the task runs. Raises TorporError."""
         fd = self.images.raw(self.image)
         runs = self._wanted
-        reserve(fd, 0, sum(end - start for start, end in runs))
+        reserve(fd, 0, sum(end - start for start, end in runs), f"{self.image}.img")
         offset = 0
         with Buffer() as buffer:
             for batch, view in buffer.read_running(task, runs, alone=has_alone(task.pid, runs)):
-                write_all(fd, view)
+                self.images.write(self.image, view)
                 for start, length in batch:
                     self._add(start, length, offset)
                     offset += length
@@ -186,7 +188,7 @@ class Copy:
         """The next piece of what :meth:`settle` has asked for."""
         if self._aside < 0:
             self._aside = self.images.scratch()
-        write_all(self._aside, content)
+        write_all(self._aside, content, f"{self.image}.img")
 
     def complete(self) -> None:
         """Put every page where it belongs. Raises TorporError."""
@@ -196,7 +198,7 @@ class Copy:
         fd = self.images.raw(self.image)
         places = _Places(self._final)
         olds = _Places([(start, end) for start, end, _ in self._runs])
-        with doing(f"{self.image}.img"):
+        try:
             move(fd, [(olds.offset(start), places.offset(start), end - start) for start, end in self.kept])
             at = 0
             for start, end in self._missing:
@@ -204,6 +206,8 @@ class Copy:
                 at += end - start
             os.ftruncate(fd, places.size)
             os.lseek(fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise refused(f"write `{self.image}.img`", error) from None
 
 
 class _Places:

@@ -7,12 +7,14 @@ more time on finding large folios than on copying.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 
 from .. import log
 from ..errors import KernelError, TaskGone
+from ..images.source import refused
 from ..linux import kernel
 from ..linux.call import call
 from .sharing import ENTRY, read_entries
@@ -29,9 +31,9 @@ RESERVE_BYTES_MIN = 8 << 20
 EXCLUSIVE = 1  # of a pagemap entry's last byte: bit 56
 
 
-def reserve(fd: int, start: int, size: int) -> None:
+def reserve(fd: int, start: int, size: int, file: str) -> None:
     """Have the file system set aside the room at once, where that helps: what memory holds would only
-    be cleared for it.
+    be cleared for it. Raises KernelError, by the ``file``'s name.
     """
     if size < RESERVE_BYTES_MIN:
         return
@@ -40,7 +42,7 @@ def reserve(fd: int, start: int, size: int) -> None:
             call("fallocate", fd, 0, start, size)
     except KernelError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise
+            raise refused(f"reserve {size >> 20} MiB for `{file}`", error) from None
 
 
 def has_alone(pid: int, runs: list[tuple[int, int]]) -> bool:
@@ -107,7 +109,8 @@ class Buffer:
 
     def close(self) -> None:
         """Give it back."""
-        self._memory.close()
+        with contextlib.suppress(BufferError):  # an error on its way out holds a piece: with it the memory goes
+            self._memory.close()
 
     def read(
         self, task: SourceTask, runs: list[tuple[int, int]], *, alone: bool
@@ -128,12 +131,6 @@ class Buffer:
                 yield from self.read(task, [(start, start + length) for start, length in batch], alone=alone)
             except (TaskGone, OSError) as error:
                 log.debug(f"task {task.pid}: at {batch[0][0]:#x}: {error}")
-
-
-def write_all(fd: int, view: memoryview) -> None:
-    """Write all of it, wherever the file stands. Raises OSError."""
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def read_file(pid: int, mem_fd: int, batch: list[tuple[int, int]], view: memoryview) -> None:

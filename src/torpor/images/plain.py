@@ -12,7 +12,7 @@ from bisect import bisect_right
 
 from ..errors import ImageError
 from . import magic, pages
-from .store import ImageReader, ImageWriter
+from .store import ImageReader, ImageWriter, write_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,7 +132,5 @@ def _copy(source: int, offset: int, target: int, size: int, name: str) -> None:
         data = os.pread(source, min(size, COPY_BYTES), offset)
         if not data:
             raise ImageError(magic.file_name(name), "", "truncated")
-        view = memoryview(data)
-        while view:
-            view = view[os.write(target, view) :]
+        write_all(target, memoryview(data), magic.file_name(name))
         offset, size = offset + len(data), size - len(data)

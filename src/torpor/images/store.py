@@ -41,6 +41,15 @@ def _files(directory: int) -> list[str]:
         raise refused("read the images directory", error) from None
 
 
+def write_all(fd: int, view: memoryview, file: str) -> None:
+    """Write all of it to an image, wherever the file stands. Raises KernelError, by the ``file``'s name."""
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        raise refused(f"write `{file}`", error) from None
+
+
 class _Output:
     """One image on its way: gathered in memory, then in a file under a name of its own."""
 
@@ -144,12 +153,13 @@ class ImageWriter:
         return output.fd
 
     def raw(self, name: str) -> int:
-        """The file of a raw image, open for reading and writing: for pages, archives.
-
-        Whoever writes to it checks its own writes. The writer closes it.
-        """
+        """The file of a raw image, open for reading and writing: for pages, archives. The writer closes it."""
         assert magic.kind_of(name).form == magic.RAW, f"{name} is not raw"
         return self.fd(name)
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Add to a raw image. Raises KernelError."""
+        write_all(self.raw(name), memoryview(content), magic.file_name(name))
 
     def drop(self, name: str) -> None:
         """The set is to have no such image after all."""
@@ -219,12 +229,7 @@ class ImageWriter:
         data = b"".join(output.chunks)
         output.chunks.clear()
         output.gathered = 0
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(output.fd, view) :]
-            except OSError as error:
-                raise refused(f"write `{magic.file_name(output.name)}`", error) from None
+        write_all(output.fd, memoryview(data), magic.file_name(output.name))
 
     def _open(self, output: _Output) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW

@@ -19,6 +19,7 @@ import stat
 
 from ..errors import ImageError, KernelError
 from ..images import schema as pb
+from ..images.source import refused
 from ..linux.call import call
 from . import xattrs
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..images.schema import Message
+    from ..images.store import ImageWriter
     from .base import BuildContext, DumpContext
     from .paths import Found
 
@@ -75,11 +77,11 @@ def _write(found: Found, number: int, ctx: DumpContext) -> None:
     fd = open_quietly(found.proc_link)
     try:
         if not chunked:
-            copy(fd, 0, ctx.images.fd(image), result.st_size)
+            store(ctx.images, image, fd, 0, result.st_size)
             return
         for start, end in data_runs(fd, result.st_size):
             ctx.images.append(image, pb.ghost_chunk_entry(off=start, len=end - start))
-            copy(fd, start, ctx.images.fd(image), end - start)
+            store(ctx.images, image, fd, start, end - start)
     finally:
         os.close(fd)
 
@@ -118,6 +120,14 @@ def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
         if start >= size:
             return
         yield start, end
+
+
+def store(images: ImageWriter, image: str, source: int, offset: int, size: int) -> int:
+    """Copy from a file to the end of an image; how many bytes there were. Raises KernelError."""
+    try:
+        return copy(source, offset, images.fd(image), size)
+    except OSError as error:
+        raise refused(f"write `{image}.img`", error) from None
 
 
 def copy(source: int, offset: int, target: int, size: int) -> int:

@@ -94,7 +94,7 @@ def dump(images: ImageWriter, number: int, entry: Message) -> Message:
 
 
 def _save(images: ImageWriter, name: str, magic: int, kind: int, bodies: list[bytes]) -> None:
-    os.write(images.raw(name), struct.pack("=I", magic) + framed(kind, bodies))
+    images.write(name, struct.pack("=I", magic) + framed(kind, bodies))
 
 
 def _addresses() -> list[bytes]:

@@ -89,7 +89,7 @@ def dump(images: ImageWriter, number: int) -> None:
     """Write the rules of the calling thread's network namespace."""
     for image, names, programs in LEGACY:
         if _legacy_in_use(names):
-            os.write(images.raw(f"{image}-{number}"), _output([_legacy_program(programs, "-save")]))
+            images.write(f"{image}-{number}", _output([_legacy_program(programs, "-save")]))
     found = tables()
     if not found:
         return
@@ -103,7 +103,7 @@ def dump(images: ImageWriter, number: int) -> None:
                 f"a rule of iptables-nft that nft cannot write down: `{line.strip()}`",
                 hint="write the rule with nft, or with iptables-legacy",
             )
-    os.write(images.raw(f"nftables-{number}"), text)
+    images.write(f"nftables-{number}", text)
 
 
 def _output(command: list[str]) -> bytes:
@@ -125,7 +125,7 @@ def dump_tracked(images: ImageWriter, number: int) -> None:
             continue
         found.append(reply)
     if found:
-        os.write(images.raw(f"netns-ct-{number}"), framed(CT_NEW, found))
+        images.write(f"netns-ct-{number}", framed(CT_NEW, found))
 
 
 def _tracked() -> list[bytes]:

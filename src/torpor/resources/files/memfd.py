@@ -166,16 +166,14 @@ def write_content(ctx: DumpContext, fd: int, shmid: int, size: int) -> int:
     """
     pages_id = ctx.new_id("pages")
     pagemap = PagemapWriter(ctx.images, f"pagemap-shmem-{shmid}", pages_id)
-    target = -1
     for start, end in ghost.data_runs(fd, size):
         assert start % PAGE_SIZE == 0, "a hole in memory ends inside a page"
-        target = target if target >= 0 else ctx.images.raw(f"pages-{pages_id}")
         padding = -end % PAGE_SIZE
         pagemap.add(start, (end + padding - start) // PAGE_SIZE, PE_PRESENT)
-        if ghost.copy(fd, start, target, end - start) != end - start:
+        if ghost.store(ctx.images, f"pages-{pages_id}", fd, start, end - start) != end - start:
             raise ImageError(f"pages-{pages_id}.img", "", "the file shrank while it was read")
         if padding:
-            os.write(target, bytes(padding))
+            ctx.images.write(f"pages-{pages_id}", bytes(padding))
     pagemap.close()
     ctx.memo["shared pages"] = ctx.memo.get("shared pages", 0) + pagemap.present
     return int(pagemap.present)
