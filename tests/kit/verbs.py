@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from .files import slurp_text
+from .host import stat_fields, wait_until
 from .observe import assert_same, observe_settled, observe_tree
 from .target import Target
 
@@ -114,6 +115,7 @@ class Untouched(Verbs):
     def dump(self, pid: int, images: object, **options: object) -> None:
         if options.get("leave_stopped"):
             os.kill(pid, signal.SIGSTOP)
+            wait_until("it has stopped", lambda: (stat_fields(pid) or "???")[2] == "T")
 
     def restore(self, images: object, **options: object) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -12,13 +13,12 @@ from ..linux import ptrace
 from ..linux.call import call
 from ..linux.nr import NR
 from ..model.snapshot import INIT_PID, RestoredTask, RestoredThread, Snapshot
-from ..proc import stat as proc_stat
 from ..proc import status as proc_status
 from ..proc.read import pids, read
 from ..proc.tasks import children_if_alive
 from ..remote import machine, stub
 from ..remote.program import Program, Record, Row
-from ..remote.tracee import SIGTRAP, Dying, Stop, wait_stop
+from ..remote.tracee import SIGTRAP, Dying, Stop, stops_soon, wait_stop
 from ..resources import cgroups_build
 from ..resources.task import pending
 from . import cpu, pid_spaces, restart, zombies
@@ -374,15 +374,9 @@ class Conductor:
     @staticmethod
     def _see_stopped(task: RestoredTask) -> None:
         """Its stop signal may be one that stops nobody any more (SIGTSTP in an orphaned group): SIGSTOP always does."""
-        deadline = time.monotonic() + 1.0
-        try:
-            while proc_stat.parse(read(task.live_pid, "stat")).state != "T":
-                if time.monotonic() > deadline:
-                    os.kill(task.live_pid, SIGSTOP)
-                    return
-                time.sleep(0.001)
-        except (TaskGone, ProcessLookupError):
-            pass  # it was killed meanwhile
+        if not stops_soon(task.live_pid, time.monotonic() + 1.0):
+            with contextlib.suppress(ProcessLookupError):  # it was killed meanwhile
+                os.kill(task.live_pid, SIGSTOP)
 
     def set_registers(self) -> None:
         """Give every thread its registers; the arena is unmapped by the main thread as the last call of all."""

@@ -22,7 +22,7 @@ from ..model.snapshot import INIT_PID
 from ..model.source import Mapping, SourceTask, SourceThread
 from ..remote.guest import Guest
 from ..remote.program import Program
-from ..remote.tracee import Seized
+from ..remote.tracee import STOPPED_WITHIN_S, Seized, stops_soon
 from ..resources import cgroups, fs, locks, net_namespace, remap, sysv_ipc
 from ..resources.base import DumpContext, TaskResource
 from ..resources.files import tty
@@ -410,18 +410,22 @@ class _Dump:
         if self.options.leave_running or self.options.leave_stopped:
             self.unread.put_back()
             self.ctx.undo.roll_back()
-            if self.options.leave_stopped:
-                self._stop_all()
+            asked = self._stop_all() if self.options.leave_stopped else []
             self.seized.release_all()
             self.result.frozen_s = time.monotonic() - self.frozen_at
+            deadline = time.monotonic() + STOPPED_WITHIN_S
+            for pid in asked:
+                stops_soon(pid, deadline)
             return
         self.result.frozen_s = time.monotonic() - self.frozen_at
         self._kill_all()
 
-    def _stop_all(self) -> None:
-        for task in self.tasks.values():
-            if not task.zombie and not task.stopped:
-                os.kill(task.pid, signal.SIGSTOP)
+    def _stop_all(self) -> list[int]:
+        """Ask all to stop that are not stopped; their pids."""
+        asked = [task.pid for task in self.tasks.values() if not task.zombie and not task.stopped]
+        for pid in asked:
+            os.kill(pid, signal.SIGSTOP)
+        return asked
 
     def _kill_all(self) -> None:
         """Kill the tree and see it gone. Children first: nobody is to be told of a child's death and act on it."""

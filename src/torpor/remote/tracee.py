@@ -20,6 +20,7 @@ GROUP_STOPS = (19, 20, 21, 22)  # SIGSTOP SIGTSTP SIGTTIN SIGTTOU
 SIGTRAP, SIGKILL = 5, 9
 #: Between looks at a tracee while others can be waited for, and how long until it is asked whether it can end at all.
 FIRST_PAUSE_S, PATIENCE_S = 0.00003, 0.02
+STOPPED_WITHIN_S = 0.1
 LOOKS = 100  # without a pause, which the kernel makes longer than asked for
 
 
@@ -139,6 +140,24 @@ def _has_ended(tid: int) -> bool:
         return True
 
 
+def stops_soon(tid: int, deadline: float) -> bool:
+    """Wait until a task that is to be stopped by job control is stopped, or has ended; False if it is not so by the
+    ``deadline`` (time.monotonic()). Who is let go in the middle of a stop comes to it again by itself, a moment later
+    (kernel/ptrace.c, __ptrace_unlink()).
+    """
+    from ..proc import stat
+    from ..proc.read import read
+
+    try:
+        while stat.parse(read(tid, "stat")).state not in "TZX":
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0002)
+    except (TaskGone, OSError):
+        pass
+    return True
+
+
 class Seized:
     """A set of seized threads. Leaving it lets every thread go on, whatever happened.
 
@@ -227,8 +246,12 @@ class Seized:
                 self.stops[tid] = wait_stop_for(tid, 1.0)
             except (TaskGone, Unsupported):
                 continue
+        stopped = [tid for tid, stop in self.stops.items() if stop.by_group]
         for tid in list(self.stops):
             self.release(tid)
+        deadline = time.monotonic() + STOPPED_WITHIN_S
+        for tid in stopped:
+            stops_soon(tid, deadline)  # or else it was told to continue meanwhile
         for tid, signal in self.redeliver:
             try:
                 os.kill(tid, signal)
