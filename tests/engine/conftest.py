@@ -7,6 +7,7 @@ from typing import Protocol
 
 import pytest
 
+import torpor
 from kit import Target, Targets, Verbs, assert_same, observe_settled, observe_tree, round_trip
 
 
@@ -53,3 +54,14 @@ def survives(start: Targets, verbs: Verbs, images: str) -> Survives:
         return target
 
     return check
+
+
+def copies_end_well(target: Target, images: str) -> None:
+    """Dump a tree, and see that each of some copies finds everything as it was: then it ends with status 42."""
+    target.pids()
+    torpor.dump(target.pid, images)
+    target.wait_gone()
+    with torpor.template(images) as template:
+        copies = [template.clone() for _ in range(4)]
+    target.tell("go")
+    assert [copy.wait() for copy in copies] == [42] * 4

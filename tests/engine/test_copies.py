@@ -21,6 +21,8 @@ from kit.host import stat_fields
 from kit.talk import ANSWERS, Talk, snapshot_of
 from torpor.engine.programs import Writer
 
+from .conftest import copies_end_well
+
 # Answers each line of its standard input with one line: what it sees of itself.
 SERVER = """
 import mmap, socket, sys, threading, time
@@ -299,14 +301,7 @@ int main(void)
 
 
 def test_copies_of_a_tree_with_threads(start: Targets, images: str) -> None:
-    target = start.c(TREE)
-    target.pids()
-    torpor.dump(target.pid, images)
-    target.wait_gone()
-    with torpor.template(images) as template:
-        copies = [template.clone() for _ in range(4)]
-    target.tell("go")
-    assert [copy.wait() for copy in copies] == [42] * 4
+    copies_end_well(start.c(TREE), images)
 
 
 EMPTY = """

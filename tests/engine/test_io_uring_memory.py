@@ -11,7 +11,7 @@ import torpor
 from kit import Targets, assert_same, observe_settled, observe_tree
 from kit.files import slurp_text
 
-from .conftest import Survives
+from .conftest import Survives, copies_end_well
 
 URING = slurp_text(os.path.join(os.path.dirname(kit.__file__), "uring.h"))
 
@@ -122,14 +122,7 @@ def test_rings_in_memory_that_a_family_shares(survives: Survives, huge_pages: No
 
 
 def test_each_copy_has_such_rings_of_its_own(start: Targets, images: str) -> None:
-    target = start.c(FAMILY, "plain", "copies")
-    target.pids()
-    torpor.dump(target.pid, images)
-    target.wait_gone()
-    with torpor.template(images) as template:
-        copies = [template.clone() for _ in range(3)]
-    target.tell("go")
-    assert [copy.wait() for copy in copies] == [42] * 3
+    copies_end_well(start.c(FAMILY, "plain", "copies"), images)
 
 
 REFUSED = URING + """

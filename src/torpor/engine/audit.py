@@ -189,6 +189,8 @@ class _Look:
         self.options = options
         self.files: dict[int, Any] = {entry.id: entry for entry in reader.files()}
         self.removed = {one.orig_id for one in reader.read_all("remap-fpath")}  # each copy has those for itself
+        in_shm = [one for one in self.files.values() if own_shm.is_inside(one) and one.id not in self.removed]
+        self.has_own_shm = all(own_shm.is_carried(one.reg) for one in in_shm)
         self.found: dict[str, Shared] = {}
         self.guests: set[int] = _guests(reader) if options.new_generation else set()
 
@@ -258,13 +260,9 @@ class _Look:
         entry = self.files.get(file_id)
         if entry is None or not entry.HasField("reg") or file_id in self.removed:
             return False
-        if own_shm.is_inside(entry) and self._has_own_shm():
+        if self.has_own_shm and own_shm.is_inside(entry):
             return False
         return stat.S_ISREG(entry.reg.mode) and not entry.reg.HasField("generation")
-
-    def _has_own_shm(self) -> bool:
-        named = [one for one in self.files.values() if own_shm.is_inside(one) and one.id not in self.removed]
-        return all(own_shm.is_carried(one.reg) for one in named)
 
     def _is_overlaid(self, path: str) -> bool:
         return any(path.startswith(f"{folder.rstrip('/')}/") for folder in self.options.overlay)

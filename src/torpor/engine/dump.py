@@ -22,7 +22,7 @@ from ..model.snapshot import INIT_PID
 from ..model.source import Mapping, SourceTask, SourceThread
 from ..remote.guest import Guest
 from ..remote.program import Program
-from ..remote.tracee import STOPPED_WITHIN_S, Seized, stops_soon
+from ..remote.tracee import Seized, see_stopped
 from ..resources import cgroups, fs, locks, net_namespace, remap, sysv_ipc
 from ..resources.base import DumpContext, TaskResource
 from ..resources.files import tty
@@ -413,9 +413,7 @@ class _Dump:
             asked = self._stop_all() if self.options.leave_stopped else []
             self.seized.release_all()
             self.result.frozen_s = time.monotonic() - self.frozen_at
-            deadline = time.monotonic() + STOPPED_WITHIN_S
-            for pid in asked:
-                stops_soon(pid, deadline)
+            see_stopped(asked)
             return
         self.result.frozen_s = time.monotonic() - self.frozen_at
         self._kill_all()

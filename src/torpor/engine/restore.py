@@ -150,20 +150,11 @@ class _Restore:
         self.writer = self.loaded.write_programs(self.ctx, self.memory)
 
     def _build(self) -> None:
-        if not self.options.own_pids:
+        self.own_mounts = self._make_own_mounts() if self.options.own_pids else None
+        if self.own_mounts is None:
             self.loaded.places = True
             self.loaded.build(self.ctx)
             return
-        from .overlays import Wanted
-        from .own_mounts import Needed, OwnMounts
-
-        wanted = Wanted.of(self.options)
-        needed = Needed(self.loaded.snapshot, self.ctx, wanted)
-        if not needed and not wanted:
-            self.loaded.places = True
-            self.loaded.build(self.ctx)
-            return
-        self.own_mounts = OwnMounts(wanted, needed, self.loaded.snapshot, self.ctx)
 
         def build() -> None:
             if self.overlays is not None:
@@ -171,6 +162,14 @@ class _Restore:
             self.loaded.build(self.ctx)
 
         self.own_mounts.annex.build(build)
+
+    def _make_own_mounts(self) -> OwnMounts | None:
+        from .overlays import Wanted
+        from .own_mounts import Needed, OwnMounts
+
+        wanted = Wanted.of(self.options)
+        needed = Needed(self.loaded.snapshot, self.ctx, wanted)
+        return OwnMounts(wanted, needed, self.loaded.snapshot, self.ctx) if needed or wanted else None
 
     @property
     def overlays(self) -> Overlays | None:

@@ -59,6 +59,15 @@ def attach(mount: int, path: str) -> None:
     call("move_mount", mount, b"\0", AT_FDCWD, name_bytes(path), MOVE_MOUNT_F_EMPTY_PATH)
 
 
+def mount(kind: str, settings: dict[str, str], path: str, attributes: int = 0) -> None:
+    """Make a new file system and mount it at ``path``, see :func:`make`. Raises KernelError."""
+    made = make(kind, settings, attributes)
+    try:
+        attach(made, path)
+    finally:
+        os.close(made)
+
+
 def bind(source: str, path: str) -> None:
     """Mount the file or directory ``source`` on ``path`` as well, in the mount namespace of the calling thread."""
     call("mount", name_bytes(source), name_bytes(path), None, MS_BIND, None)

@@ -7,6 +7,8 @@ Space, tab, newline and backslash are escaped as ``\ooo`` in all names, ``#`` in
 
 from __future__ import annotations
 
+import os
+
 from .record import Record
 
 _DELETED = b"//deleted"
@@ -67,6 +69,12 @@ def unescape(text: bytes) -> bytes:
         else:
             plain += (b"\\", part)
     return b"".join(plain)
+
+
+def settings(mount: Mount) -> dict[str, str]:
+    """Those options of a mount's file system that have a value."""
+    words = (os.fsdecode(word).partition("=") for word in mount.super_options.split(b","))
+    return {name: value for name, _, value in words if value}
 
 
 def _mount(line: bytes) -> Mount:

@@ -158,6 +158,13 @@ def stops_soon(tid: int, deadline: float) -> bool:
     return True
 
 
+def see_stopped(tids: Iterable[int]) -> None:
+    """Wait until tasks are stopped by job control, or else were told to continue meanwhile."""
+    deadline = time.monotonic() + STOPPED_WITHIN_S
+    for tid in tids:
+        stops_soon(tid, deadline)
+
+
 class Seized:
     """A set of seized threads. Leaving it lets every thread go on, whatever happened.
 
@@ -249,9 +256,7 @@ class Seized:
         stopped = [tid for tid, stop in self.stops.items() if stop.by_group]
         for tid in list(self.stops):
             self.release(tid)
-        deadline = time.monotonic() + STOPPED_WITHIN_S
-        for tid in stopped:
-            stops_soon(tid, deadline)  # or else it was told to continue meanwhile
+        see_stopped(stopped)
         for tid, signal in self.redeliver:
             try:
                 os.kill(tid, signal)

@@ -44,14 +44,9 @@ def mount_own(path: str) -> None:
     there = _mounted_at(path)
     assert there is not None
     with doing(f"devpts on `{path}`"):
-        words = (os.fsdecode(word).partition("=") for word in there.super_options.split(b","))
-        settings = {name: value for name, _, value in words if value}
+        settings = {"source": SOURCE, **mountinfo.settings(there)}
         attributes = sum(_ATTRIBUTES.get(option, 0) for option in there.options)
-        mount = mounts.make("devpts", {"source": SOURCE, **settings}, attributes)
-        try:
-            mounts.attach(mount, path)
-        finally:
-            os.close(mount)
+        mounts.mount("devpts", settings, path, attributes)
         for one in _mounts():  # some containers have /dev/ptmx like this
             if (one.dev, one.root) == (there.dev, b"/ptmx"):
                 mounts.bind(f"{path}/ptmx", os.fsdecode(one.mountpoint))

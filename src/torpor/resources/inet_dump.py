@@ -341,10 +341,7 @@ def _read_options(fd: int, alike: Alike) -> _Taken:
         return made
 
     options = alike.of(fd, (kind.family, kind.type, kind.protocol), make)
-    with sockets.Plain(fd) as sock:
-        get = sock.getsockopt
-        sizes = get(sockets.SOL_SOCKET, sockopts.SO_SNDBUF), get(sockets.SOL_SOCKET, sockopts.SO_RCVBUF)
-    return _Taken(fd, options, sizes)
+    return _Taken(fd, options, sockopts.buffer_sizes(fd))
 
 
 def _all_connections(ctx: DumpContext) -> dict[int, _Taken]:

@@ -46,8 +46,7 @@ def names(entry: Message) -> tuple[bytes, bytes]:
             _FOUR.pack(family, entry.dst_port.to_bytes(2, "big"), entry.dst_addr[0]),
         )
     scope = inet_options.interface(0, entry.ifname) if entry.ifname else 0
-    form, count = "<4I", 4
-    here, there = struct.pack(form, *entry.src_addr[:count]), struct.pack(form, *entry.dst_addr[:count])
+    here, there = struct.pack("<4I", *entry.src_addr[:4]), struct.pack("<4I", *entry.dst_addr[:4])
     return tcp.sockaddr(family, here, entry.src_port, scope), tcp.sockaddr(family, there, entry.dst_port, scope)
 
 

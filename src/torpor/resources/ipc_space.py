@@ -136,11 +136,7 @@ def mount_queues() -> None:
             continue
         path = os.fsdecode(one.mountpoint)
         with doing(f"message queues on `{path}`"):
-            mount = mounts.make("mqueue", {"source": SOURCE})
-            try:
-                mounts.attach(mount, path)
-            finally:
-                os.close(mount)
+            mounts.mount("mqueue", {"source": SOURCE}, path)
 
 
 def is_own(mount: mountinfo.Mount) -> bool:

@@ -41,8 +41,8 @@ class Lock:
         self.quads = quads
         self.whole = whole
 
-    def set_again(self) -> None:
-        """Hold the packets of the connections back once more, after lift(). Raises TorporError."""
+    def set(self) -> None:
+        """Hold the packets of the connections back. Raises TorporError."""
         if self.method == NFTABLES:
             _nft(_script(table(self.run_id), self.quads))
         elif self.method == IPTABLES:
@@ -72,13 +72,13 @@ def lock(quads: Sequence[Quad], wanted: str, *, before: Callable[[Lock], object]
     if _has("nft"):
         made = Lock(NFTABLES, _new_id(), quads)
         before(made)
-        _nft(_script(table(made.run_id), quads))
+        made.set()
         return made
     if wanted == "iptables" and _has("iptables"):
         made = Lock(IPTABLES, "", quads)
         before(made)
         try:
-            _iptables("-I", quads)
+            made.set()
         except TorporError:
             _iptables("-D", quads, quiet=True)
             raise

@@ -77,15 +77,10 @@ def mount_own() -> None:
     there = _mounted()
     assert there is not None
     with doing(f"tmpfs on `{PATH}`"):
-        words = (os.fsdecode(word).partition("=") for word in there.super_options.split(b","))
-        settings = {name: value for name, _, value in words if name in _SETTINGS}
+        settings = {name: value for name, value in mountinfo.settings(there).items() if name in _SETTINGS}
         settings.setdefault("mode", f"{stat.S_IMODE(os.stat(PATH).st_mode):o}")
         attributes = sum(_ATTRIBUTES.get(option, 0) for option in there.options)
-        mount = mounts.make("tmpfs", {"source": SOURCE, **settings}, attributes)
-        try:
-            mounts.attach(mount, PATH)
-        finally:
-            os.close(mount)
+        mounts.mount("tmpfs", {"source": SOURCE, **settings}, PATH, attributes)
 
 
 def _mounted() -> mountinfo.Mount | None:

@@ -82,10 +82,14 @@ def dump(fd: int) -> Message:
 
 def read_own(fd: int, entry: Message) -> None:
     """Add what differs from socket to socket: sizes of buffers, which the kernel changes by itself, and the filter."""
-    with Plain(fd) as sock:
-        get = sock.getsockopt
-        entry.so_sndbuf, entry.so_rcvbuf = get(SOL_SOCKET, SO_SNDBUF), get(SOL_SOCKET, SO_RCVBUF)
+    entry.so_sndbuf, entry.so_rcvbuf = buffer_sizes(fd)
     entry.so_filter.extend(read_filter(fd))
+
+
+def buffer_sizes(fd: int) -> tuple[int, int]:
+    """Bytes of a socket's buffers, to send and to receive."""
+    with Plain(fd) as sock:
+        return sock.getsockopt(SOL_SOCKET, SO_SNDBUF), sock.getsockopt(SOL_SOCKET, SO_RCVBUF)
 
 
 def read(sock: _socket.socket | Asked) -> Message:

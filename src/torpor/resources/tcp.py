@@ -26,7 +26,6 @@ from .network_lock import MARK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-
     from ..images.schema import Message
 
 # include/uapi/linux/tcp.h

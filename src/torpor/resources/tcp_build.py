@@ -388,8 +388,7 @@ def _call_again(one: Connection) -> None:
     tcp.repair(one.fd, on=False)
     put(one.fd, sockets.SOL_SOCKET, SO_DETACH_FILTER, 0)
     _connect_later(one.fd, one.peer)
-    for level, option, value in inet_options.tcp_puts(one.tcp_options):
-        put(one.fd, level, option, value)
+    inet_options.restore_tcp(one.fd, one.tcp_options)
 
 
 def _alike(

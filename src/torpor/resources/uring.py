@@ -18,6 +18,7 @@ from ..linux.kernel import KCMP_FILES, kcmp, pidfd_getfd
 from ..proc import fdinfo, fdinfo_kinds
 from ..proc.read import numbers, read
 from . import uring_memory, uring_requests
+from .uring_memory import frame_at
 from .uring_state import Kernel
 
 TYPE_CHECKING = False
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 LINK = "anon_inode:[io_uring]"
 EVENTFD_LINK = "anon_inode:[eventfd]"
 PAGE = 4096
-PRESENT = 1 << 63
-PFN_MASK = (1 << 55) - 1
 WORD = (1 << 32) - 1
 #: How often a thread is sent to collect completions that its ring had without requests, each time as many as fit.
 LOTS_MAX = 20_000
@@ -204,7 +203,7 @@ class Rings:
 
     def mapped_at(self, pid: int, start: int) -> Ring:
         """The ring that a task has mapped at ``start``. Raises Unsupported."""
-        found = self.pages.get(_frame_at(pid, start))
+        found = self.pages.get(frame_at(pid, start))
         if found is None:
             raise Unsupported(
                 "an io_uring of which no task of the tree has a descriptor",
@@ -217,7 +216,7 @@ class Rings:
         parts = {
             one.vma.pgoff
             for one in task.mappings
-            if one.vma.path == LINK.encode() and self.pages.get(_frame_at(task.pid, one.vma.start)) is ring
+            if one.vma.path == LINK.encode() and self.pages.get(frame_at(task.pid, one.vma.start)) is ring
         }
         return io_uring.OFF_SQES in parts and bool(parts & {io_uring.OFF_SQ_RING, io_uring.OFF_CQ_RING})
 
@@ -400,13 +399,7 @@ class Rings:
 
     def _check_holders(self, ring: Ring) -> None:
         pids = [pid for pid, _ in ring.holders]
-        flags, bound = ring.state.flags, ""
-        if flags & io_uring.SQPOLL:
-            bound = "a thread of the process polls it"
-        elif flags & io_uring.SINGLE_ISSUER:
-            bound = "one thread alone may use it"
-        elif any(length for _, length, _ in ring.state.buffers):
-            bound = "it has registered buffers"
+        bound = _bound(ring.state)
         other = next((pid for pid in pids[1:] if kcmp(pids[0], pid, KCMP_FILES)), 0)
         if other and bound:
             raise Unsupported(
@@ -416,8 +409,8 @@ class Rings:
         owner = ring.state.numbers["mm"]
         if bound and self.kernel.memory_of(pids[0]) != owner:
             # Not the tree's at all: that of whoever restored it, which has nothing to do with it any more.
-            strange = flags & io_uring.SQPOLL or any(self.kernel.memory_of(pid) == owner for pid in self.pids)
-            if strange:
+            ours = any(self.kernel.memory_of(pid) == owner for pid in self.pids)
+            if ours or ring.state.flags & io_uring.SQPOLL:
                 raise Unsupported(f"{bound}, and it belongs to another process, from which it was inherited")
 
 
@@ -436,16 +429,18 @@ def _troubles(state: State) -> list[tuple[str, str]]:
     return [(f"{trouble}, which is not supported", _TURN_OFF) for found, trouble in known if found]
 
 
+def _bound(state: State) -> str:
+    """What binds a ring to one process; "" if nothing does."""
+    if state.flags & io_uring.SQPOLL:
+        return "a thread of the process polls it"
+    if state.flags & io_uring.SINGLE_ISSUER:
+        return "one thread alone may use it"
+    return "it has registered buffers" if any(length for _, length, _ in state.buffers) else ""
+
+
 def _check_memory(ring: Ring) -> None:
-    flags = ring.state.flags
-    trouble = ""
-    if flags & io_uring.SQPOLL:
-        trouble = "a thread polls it"
-    elif flags & io_uring.SINGLE_ISSUER:
-        trouble = "one thread alone may use it"
-    elif any(length for _, length, _ in ring.state.buffers):
-        trouble = "it has registered buffers"
-    elif ring.spots is None:
+    trouble = _bound(ring.state)
+    if not trouble and ring.spots is None:
         trouble = "that memory is not shared anonymous memory"
     if trouble:
         raise Unsupported(
@@ -497,16 +492,7 @@ def layout(flags: int, sq_entries: int, cq_entries: int) -> io_uring.Params:
 def _frame(pid: int, rings: io_uring.Rings, which: int) -> int:
     from ..linux.call import address_of
 
-    return _frame_at(pid, address_of(rings.sqes if which else rings.ring))
-
-
-def _frame_at(pid: int, address: int) -> int:
-    """The number of the page frame at an address; 0 if there is none."""
-    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        pagemap.seek(address // PAGE * 8)
-        data = pagemap.read(8)
-    (word,) = struct.unpack("<Q", data) if len(data) == 8 else (0,)
-    return word & PFN_MASK if word & PRESENT else 0
+    return frame_at(pid, address_of(rings.sqes if which else rings.ring))
 
 
 def _fds(pid: int) -> list[int]:

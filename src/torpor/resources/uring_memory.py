@@ -33,8 +33,16 @@ PAGE = 4096
 KINDS = (maps.SHMEM, maps.MEMFD, maps.NAMED_SHMEM, maps.HUGEPAGE)
 WINDOW = 1 << 30  # bytes of memory looked at by one read of a pagemap
 # fs/proc/task_mmu.c: of a page of a file that is present; the two others may be set or not.
-PRESENT_FILE, SOFT_DIRTY, EXCLUSIVE = 1 << 63 | 1 << 61, 1 << 55, 1 << 56
+PRESENT, FILE, SOFT_DIRTY, EXCLUSIVE = 1 << 63, 1 << 61, 1 << 55, 1 << 56
 PFN_MASK = (1 << 55) - 1
+
+
+def frame_at(pid: int, address: int) -> int:
+    """The number of the page frame at an address; 0 if there is none."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        data = os.pread(pagemap.fileno(), 8, address // PAGE * 8)
+    (word,) = struct.unpack("<Q", data) if len(data) == 8 else (0,)
+    return word & PFN_MASK if word & PRESENT else 0
 
 
 class Spot:
@@ -75,10 +83,8 @@ class Frames:
             (page,) = kernel.memory.words([state.ring_pages])
         finally:
             os.close(fd)
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            (entry,) = struct.unpack("<Q", os.pread(pagemap.fileno(), 8, (start + PAGE) // PAGE * 8))
         self._size: int = kernel.at["page{}"]
-        self._base = page - (entry & PFN_MASK) * self._size
+        self._base = page - frame_at(os.getpid(), start + PAGE) * self._size
 
     def of(self, page: int) -> int:
         """The frame of a page."""
@@ -113,7 +119,7 @@ def _look(pid: int, vma: Vma, frames: list[int]) -> Iterator[tuple[int, int]]:
 
 def _find(data: bytes, frame: int) -> int:
     for more in (0, SOFT_DIRTY, EXCLUSIVE, SOFT_DIRTY | EXCLUSIVE):
-        entry = struct.pack("<Q", PRESENT_FILE | more | frame)
+        entry = struct.pack("<Q", PRESENT | FILE | more | frame)
         at = data.find(entry)
         while at % 8 and at >= 0:
             at = data.find(entry, at + 1)

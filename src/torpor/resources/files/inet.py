@@ -235,7 +235,7 @@ class _Maker:
         try:
             lock = lift(self.inventory.network_lock_method, self.inventory.dump_criu_run_id, self.locked)
             if lock is not None:
-                self.ctx.on_failure.add("network lock", lock.set_again)
+                self.ctx.on_failure.add("network lock", lock.set)
         except TorporError as error:
             if self.connections:
                 raise
